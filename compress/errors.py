@@ -1,0 +1,34 @@
+"""The errors that this toolkit raises on purpose.
+
+Each message is one sentence: what was given, what was expected, where, and what to do. The command line prints the sentence and
+leaves with the error's `exit_code`; a traceback is printed only for faults of the toolkit itself.
+"""
+
+
+class CompressError(Exception):
+    """Base class; `exit_code` is what the command line returns."""
+
+    exit_code = 3
+
+
+class UserError(CompressError, ValueError):
+    """A fault in what the user gave: configuration, data set, checkpoint, argument. Exit code 2.
+
+    `faults` holds one sentence per fault; several faults are reported together.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *faults: str) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+class RunError(CompressError, RuntimeError):
+    """A run that started correctly and could not go on (non-finite loss, lost device, full disk). Exit code 3."""
+
+
+class Terminated(CompressError):
+    """SIGTERM was received; the state was saved and the same command continues. Exit code 143."""
+
+    exit_code = 143
