@@ -1,0 +1,146 @@
+"""Compression of a network in one call, for use from Python."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.cost import Cost, count
+from compress.errors import UserError
+from compress.graph import trace
+from compress.methods import Context, method as find_method
+from compress.plan import Plan
+from compress.train import recalibrate as recalibrate_batchnorm
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did. Fractions are of the original network; `widths` maps a layer to its output width before and after."""
+
+    method: str
+    budget: dict[str, float]
+    before: Cost
+    after: Cost
+    widths: dict[str, tuple[int, int]]
+    pinned: dict[str, str]
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def params_removed(self) -> float:
+        """Fraction of the parameters removed."""
+        return 1 - self.after.params / self.before.params
+
+    @property
+    def macs_removed(self) -> float:
+        """Fraction of the multiply-accumulates removed."""
+        return 1 - self.after.macs / self.before.macs
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.method}: {self.params_removed:.1%} of the parameters and {self.macs_removed:.1%} of the MACs removed",
+            f"  parameters {self.before.params:,} -> {self.after.params:,}",
+            f"  MACs       {self.before.macs:,} -> {self.after.macs:,} per input",
+        ]
+        changed = [f"{name} {before}->{after}" for name, (before, after) in self.widths.items() if before != after]
+        if changed:
+            lines.append(f"  widths     {', '.join(changed)}")
+        lines += [f"  kept {name}: {reason}" for name, reason in self.pinned.items()]
+        return "\n".join(lines)
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """Output width of every layer with a weight matrix or kernel, by module name."""
+    result = {}
+    for name, module in model.named_modules():
+        width = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+        if isinstance(getattr(module, "weight", None), Tensor) and isinstance(width, int):
+            result[name] = width
+    return result
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    calibration: Batches | None = None,
+    method: str = "l1",
+    budget: dict[str, float] | None = None,
+    *,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    exclude: Iterable[str] = (),
+    allocation: str = "global",
+    max_layer_ratio: float = 0.95,
+    round_to: int = 1,
+    recalibrate: bool = True,
+    verify: bool = True,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Plan, Report]:
+    """Compress a copy of `model` to `budget`.
+
+    Parameters
+    ----------
+    model:
+        A trained network; it is not changed.
+    example_inputs:
+        A tensor, or a tuple of positional arguments, of the shape that the network is used with; MACs are counted for one input.
+    calibration:
+        Training batches `(x, y)` for methods that need data and for the recalibration of BatchNorm. Never test data.
+    method:
+        A name in `compress.methods.names()`.
+    budget:
+        One of {"params": ratio} and {"macs": ratio}: the fraction to REMOVE, in [0, 1). Default: half of the MACs.
+    loss_fn:
+        `loss_fn(outputs, y)`, mean over the batch, for methods that use gradients.
+    exclude:
+        Name patterns (fnmatch) of layers that stay as they are.
+    allocation, max_layer_ratio, round_to:
+        How the budget is shared over the layers; see `compress.allocate`.
+    recalibrate:
+        Measure the BatchNorm statistics again on the calibration data (no effect without data or without BatchNorm).
+    verify:
+        Check that the result computes what the original computes with the removed channels zeroed at their consumers.
+    options:
+        Options of the method itself.
+
+    Returns
+    -------
+    The compressed network (same mode and device as `model`), the plan, and a report.
+
+    Raises
+    ------
+    UserError
+        For an unknown method or option, a budget that cannot be reached, or missing calibration data.
+    """
+    budget = {"macs": 0.5} if budget is None else dict(budget)
+    chosen = find_method(method)
+    chosen.check(options or {})
+    if len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
+        raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{'macs': 0.5}}.")
+    (quantity, ratio), = budget.items()
+    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise UserError(f"budget={budget!r}: the ratio is the fraction removed, in [0, 1).")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = [(x.to(device), y.to(device)) for x, y in calibration] if calibration is not None else []
+    if chosen.needs_data and not batches:
+        raise UserError(f"Method {method!r} needs calibration data: pass calibration=[(x, y), ...] from the training set.")
+    graph = trace(model, example_inputs, exclude=tuple(exclude))
+    context = Context(
+        model=model, graph=graph, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed),
+        allocation=allocation, max_layer_ratio=max_layer_ratio, round_to=round_to, verify=verify, options=options or {})
+    result = copy.deepcopy(model)
+    plan = chosen.apply(result, context, chosen.prepare(context), {quantity: float(ratio)})
+    if recalibrate and batches:
+        recalibrate_batchnorm(result, batches)
+    old, new = widths(model), widths(result)
+    report = Report(
+        method=method, budget=budget, before=count(model, example_inputs), after=count(result, example_inputs),
+        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned), coverage=list(graph.coverage()))
+    return result, plan, report

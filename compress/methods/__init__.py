@@ -1,0 +1,84 @@
+"""Compression methods by name: what the configuration's `prune.methods` and `compress(method=...)` accept.
+
+A method measures its statistics once (`prepare`) and then compresses a copy of the network to any budget (`apply`). Channel criteria
+become methods by themselves: a file in `compress/criteria` is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.criteria import CRITERIA
+from compress.errors import UserError
+from compress.graph import ChannelGraph
+from compress.plan import Plan
+from compress.registry import Registry, nearest
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every method is given.
+
+    Attributes
+    ----------
+    model:
+        The trained network; methods do not change it.
+    graph:
+        Its channel graph.
+    batches:
+        Calibration data: `(x [n, ...], y [n])` pairs from the training set, on the model's device.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    batches: list[tuple[Tensor, Tensor]]
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    generator: torch.Generator
+    allocation: str = "global"
+    max_layer_ratio: float = 0.95
+    round_to: int = 1
+    verify: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """One compression method."""
+
+    budgets: tuple[str, ...]
+    needs_data: bool
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise `UserError` for options that the method does not have."""
+
+    def prepare(self, context: Context) -> Any:
+        """Statistics or scores of the unpruned network."""
+
+    def largest(self, context: Context, budget: str) -> float:
+        """The largest ratio of `budget` that the method can remove."""
+
+    def apply(self, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
+        """Compress `model` in place to `budget` ({"macs": 0.5}) and return what was done."""
+
+
+METHODS: Registry[Method] = Registry("method")
+
+
+def names() -> list[str]:
+    """Every method that `method` knows."""
+    return sorted({*METHODS.names(), *CRITERIA.names()})
+
+
+def method(name: str) -> Method:
+    """The method called `name`; an unknown name is a `UserError` with the nearest one."""
+    from compress.methods.channels import ChannelMethod
+
+    if name in METHODS:
+        return METHODS[name]
+    if name in CRITERIA:
+        return ChannelMethod(name)
+    raise UserError(f"Unknown method {name!r}{nearest(name, names())}; known: {', '.join(names())}.")

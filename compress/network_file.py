@@ -1,0 +1,116 @@
+"""A compressed network on disk: safetensors for the weights, JSON for everything else, never pickle.
+
+A folder holds `model.safetensors` (parameters and buffers), `plan.json` (what was done to which layer) and `model.json` (how the
+uncompressed network is built, or that the user builds it). `load` builds the uncompressed network, replays the plan and
+reads the weights; it runs no code from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from compress.errors import UserError
+from compress.files import read_json, write_bytes, write_json
+from compress.plan import Plan, apply_plan
+from compress.siblings import own
+
+WEIGHTS, PLAN, NETWORK = "model.safetensors", "plan.json", "model.json"
+FORMAT = 1
+
+
+def weights_to_bytes(model: nn.Module) -> bytes:
+    """All parameters and persistent buffers as safetensors; a tensor with several names (a tie) is stored once per name."""
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return to_bytes(state, metadata={"format": "pt"})
+
+
+def read_weights(model: nn.Module, content: bytes, source: str) -> None:
+    """Copy the tensors of a safetensors file into `model`; names and shapes must agree exactly, data types are taken from the file.
+
+    Parameters
+    ----------
+    source:
+        What the bytes are, for the error messages.
+    """
+    try:
+        state = from_bytes(content)
+    except Exception as error:  # safetensors raises its own type for every kind of damage
+        raise UserError(f"{source} is not a complete safetensors file ({error}); copy or create it again.") from None
+    own_state = model.state_dict()
+    for kind, names in (("lacks", own_state.keys() - state.keys()), ("holds the unknown", state.keys() - own_state.keys())):
+        if names:
+            raise UserError(f"{source} {kind} tensor {min(names)!r} ({len(names)} such); it belongs to another network.")
+    for name, tensor in own_state.items():
+        if tensor.shape != state[name].shape:
+            raise UserError(f"{source}: tensor {name!r} has shape {list(state[name].shape)}, the network needs {list(tensor.shape)}.")
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name in state and tensor.dtype != state[name].dtype:
+                tensor.data = tensor.data.to(state[name].dtype)
+        model.load_state_dict(state)
+
+
+def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
+    """Write `model` and the `plan` that led to it into `folder` (created where missing).
+
+    Parameters
+    ----------
+    model:
+        The compressed network. One built by `models.build` can be loaded without giving a network again.
+    info:
+        JSON values that are kept in `model.json` beside the toolkit's own entries.
+    """
+    folder = Path(folder)
+    content = weights_to_bytes(model)
+    write_json(folder / PLAN, plan.to_json())
+    write_bytes(folder / WEIGHTS, content)
+    network = {
+        "format": FORMAT,
+        "build": getattr(model, "build_spec", None),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **info,
+    }
+    write_json(folder / NETWORK, network)  # last: a folder with this file is complete
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild the network that `save` wrote; the result is in evaluation mode, on the CPU.
+
+    Parameters
+    ----------
+    model:
+        The freshly built, uncompressed network, for networks that are not of this toolkit's registry. It is changed in place.
+
+    Raises
+    ------
+    UserError
+        For a missing, damaged or foreign folder, and for a network that the plan does not fit.
+    """
+    folder = Path(folder)
+    network = read_json(folder / NETWORK, "network description")
+    if not isinstance(network, dict) or network.get("format") != FORMAT:
+        raise UserError(f"{folder / NETWORK} is not a network description of format {FORMAT}; it was written by another version or program.")
+    plan = Plan.from_json(read_json(folder / PLAN, "plan"))
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise UserError(f"The weights {folder / WEIGHTS} cannot be read: {error.strerror}.") from None
+    if hashlib.sha256(content).hexdigest() != network.get("sha256"):
+        raise UserError(f"The weights {folder / WEIGHTS} are not the ones that {NETWORK} describes (checksum differs); copy the folder again.")
+    if model is None:
+        spec = network.get("build")
+        if not isinstance(spec, dict):
+            raise UserError(f"{folder} holds a network of class {network.get('class')} that is not in the registry; call load(folder, model) with a freshly built one.")
+        model = own("models").build(**spec)
+    apply_plan(model, plan)
+    read_weights(model, content, str(folder / WEIGHTS))
+    return model.eval()

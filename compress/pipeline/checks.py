@@ -1,0 +1,164 @@
+"""Everything about a configuration that can be found out before anything is written or trained."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress import methods
+from compress.config import Config, ModelConfig
+from compress.data import describe
+from compress.errors import CompressError, UserError
+from compress.graph import ChannelGraph, trace
+from compress.methods import Context
+from compress.siblings import own
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An untrained (or loaded) network that fits the data, with its channel graph."""
+
+    model: nn.Module
+    graph: ChannelGraph
+    example: Tensor
+    num_classes: int
+
+
+def build_network(config: ModelConfig, num_classes: int, in_channels: int, seed: int) -> nn.Module:
+    """The uncompressed network with initial weights drawn from `seed`; the global random state is not touched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if config.import_ is not None:
+            return _imported(config, num_classes)
+        if config.name is None:
+            raise UserError("`model`: give a `name` of the registry or an `import` of your own network.")
+        try:
+            return own("models").build(config.name, num_classes, in_channels=in_channels, **config.options)
+        except UserError as error:
+            raise UserError(*(f"`model`: {fault}" for fault in error.faults)) from None
+
+
+def _imported(config: ModelConfig, num_classes: int) -> nn.Module:
+    module_name, function_name = str(config.import_).split(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except AttributeError:
+        raise UserError(f"`model.import`: module {module_name!r} has no {function_name!r}.") from None
+    except Exception as error:
+        raise UserError(f"`model.import`: module {module_name!r} cannot be imported ({type(error).__name__}: {_line(error)}).") from error
+    try:
+        model = function(num_classes=num_classes, **config.options)
+    except Exception as error:
+        raise UserError(f"`model.import`: {config.import_} failed with num_classes={num_classes} and the options ({type(error).__name__}: {_line(error)}).") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"`model.import`: {config.import_} returned {type(model).__name__}, expected a torch.nn.Module.")
+    return model
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device of `device`; "auto" is a GPU where there is one, in torchrun the one of this process."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"`device` = {name!r}: torch sees no GPU here; use \"cpu\" or \"auto\".")
+    index = int(name.split(":")[1]) if ":" in name else local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(f"`device` = {name!r}: there are {torch.cuda.device_count()} GPUs here.")
+    return torch.device("cuda", index)
+
+
+def check(config: Config) -> Prepared:
+    """Build the network and try everything on one image of zeros.
+
+    Raises
+    ------
+    UserError
+        One sentence per fault: unknown model, method or option, images that the network cannot take, a budget that no plan reaches.
+    """
+    faults = _method_faults(config)
+    try:
+        num_classes, shape = describe(config.data)
+        model = build_network(config.model, num_classes, shape[0], config.seed)
+    except UserError as error:
+        raise UserError(*faults, *error.faults) from None
+    example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            training = model.training
+            outputs = model.eval()(example)
+            model.train(training)
+    except Exception as error:
+        size = "x".join(map(str, shape))
+        raise UserError(*faults, f"`model`: {_name(config.model)} cannot take the {size} images of {config.data.name} ({_line(error)}).") from None
+    if not isinstance(outputs, Tensor) or outputs.shape != (1, num_classes):
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(*faults, f"`model`: {_name(config.model)} returns {got} for one image, expected [1, {num_classes}].")
+    if faults:
+        raise UserError(*faults)
+    if config.model.weights is not None:
+        own("models").load_weights(model, config.model.weights)
+    graph = trace(model, example, exclude=tuple(config.prune.exclude))
+    _check_exclude(config, model)
+    context = context_for(config, model, graph, [], config.prune.methods[0], 0)
+    for name in config.prune.methods:
+        top = methods.method(name).largest(context, config.prune.budget)
+        faults += [f"`prune.ratios` = {ratio:g}: method {name!r} can remove at most {top:.3f} of the {config.prune.budget} of {_name(config.model)}; "
+                   "lower the ratio, raise max_layer_ratio or exclude less." for ratio in config.prune.ratios if ratio > top + 0.005]
+    if faults:
+        raise UserError(*faults)
+    return Prepared(model, graph, example, num_classes)
+
+
+def context_for(
+    config: Config, model: nn.Module, graph: ChannelGraph, batches: list[tuple[Tensor, Tensor]], method: str, seed: int) -> Context:
+    """What `method` is given under this configuration."""
+    prune = config.prune
+    return Context(
+        model=model, graph=graph, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
+        allocation=prune.allocation, max_layer_ratio=prune.max_layer_ratio, round_to=prune.round_to, verify=prune.verify,
+        options=prune.method_options.get(method, {}))
+
+
+def _method_faults(config: Config) -> list[str]:
+    faults = []
+    prune = config.prune
+    for index, name in enumerate(prune.methods):
+        try:
+            method = methods.method(name)
+            if prune.budget not in method.budgets:
+                faults.append(f"`prune.budget` = {prune.budget!r}: method {name!r} takes {' or '.join(method.budgets)}.")
+            method.check(prune.method_options.get(name, {}))
+        except UserError as error:
+            faults += [f"`prune.methods[{index}]`: {fault}" for fault in error.faults]
+    faults += [f"`prune.method_options.{name}`: method {name!r} is not in prune.methods." for name in prune.method_options if name not in prune.methods]
+    return faults
+
+
+def _check_exclude(config: Config, model: nn.Module) -> None:
+    import fnmatch
+
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in config.prune.exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"`prune.exclude`: {pattern!r} matches no layer of {_name(config.model)}.")
+
+
+def _name(config: ModelConfig) -> str:
+    return config.import_ or str(config.name)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, CompressError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,155 @@
+"""A run from configuration to report: base network, one entry per method, ratio and seed, benchmark, results.
+
+    config -> data -> model -> statistics -> scores -> allocation -> plan -> surgery -> recalibration -> fine-tuning -> report
+
+Under torchrun every process trains; only the first one compresses, writes and reports, and hands its result to the others.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import __version__, methods
+from compress.config import Config
+from compress.config_file import to_json
+from compress.data import load_data
+from compress.errors import RunError
+from compress.pipeline.bench import measure
+from compress.pipeline.checks import check, pick_device
+from compress.pipeline.folder import Mode, RunFolder
+from compress.pipeline.stages import Job, base_stage, entry_name, entry_stage, plan_effect
+from compress.report import write_report, write_results
+from compress.train import distributed
+
+Log = Callable[[str], None]
+
+
+def run(config: Config, output_dir: Path, mode: Mode = "auto", log: Log | None = None) -> Path:
+    """Carry out `config` in `output_dir / config.name` and return that folder.
+
+    Parameters
+    ----------
+    mode:
+        "auto" continues a run of the same configuration; "resume" does so and refuses to start one; "overwrite" starts over.
+    log:
+        Called with each line of progress; the default prints on the first process.
+
+    Raises
+    ------
+    UserError, RunError, Terminated
+    """
+    dist = distributed.init()
+    log = log or (print_line if dist.is_main else _silent)
+    try:
+        return _run(config, output_dir, mode, log, dist)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"The device ran out of memory ({str(error).splitlines()[0]}); lower data.batch_size.") from error
+    finally:
+        distributed.close(dist)
+
+
+def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Any) -> Path:
+    started = time.time()
+    device = pick_device(config.device, dist.local_rank)
+    _torch_settings(config)
+    folder = RunFolder(output_dir / config.name, to_json(config))
+    if dist.is_main:
+        folder.check(mode)
+    prepared = check(config)
+    data = load_data(config.data, seed=config.seed, device=device)
+    job = Job(config, folder, data, prepared, device, dist, log)
+    if not dist.is_main:
+        _follow(job)
+        return folder.path
+    with folder.open(mode):
+        log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {device}")
+        base = base_stage(job)
+        entries = [entry_stage(job, base, method, ratio, seed) for seed, method, ratio in _entries(config)]
+        rows, details = measure(job, base, entries)
+        meta = {
+            "toolkit": __version__, "config": to_json(config), "machine": _machine(device), "data": {
+                "train": len(data.train), "val": len(data.val), "test": len(data.test), "classes": data.num_classes, "shape": list(data.input_shape)},
+            "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)), "seconds": round(time.time() - started, 1), "details": details,
+        }
+        results = write_results(folder.path, rows, meta)
+        page = write_report(folder.path, results)
+        for row in rows:
+            log(summary(row))
+        log(f"report: {page}")
+    return folder.path
+
+
+def _follow(job: Job) -> None:
+    """The other processes of a data-parallel run: train along, write nothing."""
+    base = base_stage(job)
+    for seed, method, ratio in _entries(job.config):
+        entry_stage(job, base, method, ratio, seed)
+
+
+def _entries(config: Config) -> list[tuple[int, str, float]]:
+    return [(seed, method, ratio) for seed in config.prune.seeds for method in config.prune.methods for ratio in config.prune.ratios]
+
+
+def dry_run(config: Config, log: Log | None = None) -> list[dict[str, Any]]:
+    """Log what each plan would do (widths, parameters, MACs) without training or writing; returns one row per plan.
+
+    Statistics come from the network as it is before training, so the widths are those of the loaded weights, or of random ones.
+    """
+    log = log or print_line
+    prepared = check(config)
+    needs_data = any(methods.method(name).needs_data for name in config.prune.methods)
+    data = load_data(config.data, seed=config.seed, device=torch.device("cpu")) if needs_data else None
+    source = config.model.weights or "initial weights: widths of the trained network will differ"
+    log(f"dry run of {config.name} ({source})")
+    rows = []
+    for seed, method, ratio in _entries(config):
+        row, widths = plan_effect(config, prepared, data, method, ratio, seed)
+        rows.append(row)
+        log(f"{entry_name(config, method, ratio, seed)}: {row['params']:,} parameters ({row['params_removed']:.1%} removed), "
+            f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)")
+        log("  " + ", ".join(f"{name} {a}->{b}" for name, (a, b) in widths.items() if a != b))
+    return rows
+
+
+def summary(row: dict[str, Any]) -> str:
+    """One line of text for a row of the results."""
+    latency = row["latency_ms"] or {}
+    times = ", ".join(f"{values['median']:.2f} ms at batch {batch}" for batch, values in latency.items())
+    return (f"{row['method']:>18} {row['budget']} {row['ratio']:.2f}: {row['params']:,} parameters, {row['gflops']:.4f} GFLOPs, "
+            f"accuracy {row['accuracy']:.4f} ({row['accuracy'] - row['accuracy_base']:+.4f})" + (f", {times}" if times else ""))
+
+
+def print_line(line: str) -> None:
+    """Print at once, also through a pipe."""
+    print(line, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _torch_settings(config: Config) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor, "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0], "torch": torch.__version__, "platform": platform.platform(),
+    }
+
