@@ -1,0 +1,173 @@
+"""What a figure shows, apart from how it is drawn: the same `Chart` becomes inline SVG in the page and a PNG file.
+
+Limits and ticks are chosen here, so that both drawings agree and a test can read them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .results import Row, batch_sizes, entry_name
+from .series import DENSE, Point, Series, Value, groups, methods, pareto, series
+
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of lines or points. `front` are the points that no other beats; `names` label whole numbers on the x axis."""
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    x_ticks: tuple[float, ...]
+    y_ticks: tuple[float, ...]
+    x_limits: tuple[float, float]
+    y_limits: tuple[float, float]
+    lines: bool = True
+    front: tuple[Point, ...] = ()
+    names: tuple[str, ...] = ()
+    note: str = ""
+
+
+def ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten that enclose [low, high], about `count` intervals."""
+    if high <= low:
+        pad = abs(low) * 0.05 or 0.5
+        low, high = low - pad, high + pad
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in STEPS if factor * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return tuple(round(index * step, 12) for index in range(first, last + 1))
+
+
+def tick_text(number: float) -> str:
+    """A tick's label; minus sign as in print."""
+    return f"{number:.6g}".replace("-", "\N{MINUS SIGN}")
+
+
+def make(key: str, title: str, x_label: str, y_label: str, found: Sequence[Series], *, x_zero: bool = False, x_whole: bool = False,
+         fraction: bool = False, **fields: Any) -> Chart | None:
+    """A chart around `found`, or None without points. `x_zero`: the x axis starts at 0; `fraction`: y stays in [0, 1]."""
+    points = [point for one in found for point in one.points]
+    if not points:
+        return None
+    x_low, x_high = min(point.x.low for point in points), max(point.x.high for point in points)
+    x_ticks = ticks(0 if x_zero else x_low, x_high, 6)
+    y_ticks = ticks(min(point.y.low for point in points), max(point.y.high for point in points))
+    if x_whole:
+        whole = max(1, math.ceil((x_high - x_low) / 8))
+        x_ticks = tuple(float(tick) for tick in range(math.floor(x_low), math.ceil(x_high) + 1, whole))
+    x_limits = (min(x_ticks[0], x_low), max(x_ticks[-1], x_high))
+    y_limits = (y_ticks[0], y_ticks[-1])
+    if fraction:
+        # A line along the border is drawn whole: the axis goes a little beyond what can be reached.
+        y_ticks = tuple(tick for tick in y_ticks if -1e-9 <= tick <= 1 + 1e-9)
+        edge = 0.02 * (y_limits[1] - y_limits[0])
+        y_limits = (max(y_limits[0], -edge), min(y_limits[1], 1 + edge))
+    pad = 0.02 * (x_limits[1] - x_limits[0]) or 0.5
+    return Chart(key, title, x_label, y_label, tuple(found), x_ticks, y_ticks, (x_limits[0] - (0 if x_zero else pad), x_limits[1] + pad), y_limits, **fields)
+
+
+def result_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Accuracy against GFLOPs, against latency at each batch size, and against the ratio of each budget, before and after fine-tuning."""
+    masked = any(group.masked for group in groups(rows))
+    hollow = "Hollow markers: masked networks. " if masked else ""
+    front = "Grey line: the networks that no other beats on both axes. "
+    against = [("accuracy_gflops", "Accuracy against GFLOPs", "GFLOPs per image (2 per MAC)", "effective_gflops",
+                front + hollow + ("Their GFLOPs count products with non-zero weights only, which dense kernels do not save." if masked else ""))]
+    against += [(f"accuracy_latency_b{batch}", f"Accuracy against latency, batch {batch}", f"latency at batch {batch} in ms, median (bar: p10 to p90)",
+                 f"latency:{batch}", front + hollow) for batch in batch_sizes(rows)]
+    result = []
+    for key, title, x_label, x, note in against:
+        found = series(rows, x, "accuracy")
+        result.append(make(key, title, x_label, "test accuracy", found, x_zero=True, fraction=True, note=note.strip(),
+                           front=tuple(pareto(point for one in found for point in one.points))))
+    for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] != DENSE):
+        for column, key, title in (("accuracy", "accuracy_ratio", "Accuracy against ratio"),
+                                   ("accuracy_oneshot", "oneshot_ratio", "Accuracy before fine-tuning against ratio")):
+            found = series(rows, "ratio", column, budget)
+            if any(one.name != DENSE for one in found):
+                result.append(make(f"{key}_{budget}", title, f"ratio of {budget} removed", "test accuracy", found, x_zero=True, fraction=True,
+                                   note=hollow.strip()))
+    return [chart for chart in result if chart is not None]
+
+
+def width_charts(rows: Sequence[Row], details: Mapping[str, Any]) -> list[Chart]:
+    """Per method the kept fraction of every layer's width (or rank), one line per ratio of the method's first seed."""
+    result = []
+    for method in methods(rows):
+        found, names = [], ()
+        for index, group in enumerate(group for group in groups(rows) if group.method == method):
+            sizes, what = layer_sizes(details.get(entry_name(group.rows[0])) or {})
+            if not sizes:
+                continue
+            names = tuple(name for name, _, _ in sizes)
+            points = tuple(Point(exact(place), exact(product(after) / max(product(before), 1)), f"{name}: {what} {size_text(before)} to {size_text(after)}")
+                           for place, (name, before, after) in enumerate(sizes, 1))
+            found.append(Series(f"{group.budget} ratio {group.ratio:g}", points, index, markers=len(points) <= 40))
+        chart = make(f"widths_{method}", f"Kept per layer, {method}", "layer, from input to output", "kept fraction of the width or rank",
+                     found, x_whole=True, fraction=True, names=names)
+        result += [chart] if chart else []
+    return result
+
+
+def history_chart(key: str, title: str, histories: Mapping[str, Sequence[Mapping[str, Any]]], column: str, y_label: str) -> Chart | None:
+    """One line per named history of `column` against the epoch; None without a value."""
+    found = []
+    for index, (name, history) in enumerate(histories.items()):
+        points = tuple(Point(exact(epoch["epoch"]), exact(epoch[column]), f"{name}, epoch {epoch['epoch']}")
+                       for epoch in history if epoch.get(column) is not None)
+        if points:
+            found.append(Series(name, points, index, markers=len(points) <= 40))
+    return make(key, title, "epoch", y_label, found, x_whole=True, fraction="accuracy" in column)
+
+
+def training_charts(rows: Sequence[Row], details: Mapping[str, Any]) -> list[Chart]:
+    """Training of the unpruned network, then fine-tuning at each ratio, one line per method (first seed), by validation accuracy."""
+    result = []
+    base = (details.get(DENSE) or {}).get("history") or []
+    both = [pair for pair in (("training images", "train_accuracy"), ("validation images", "val_accuracy")) if any(e.get(pair[1]) is not None for e in base)]
+    lines = [history_chart("", "", {name: base}, column, "") for name, column in both]
+    found = [Series(name, chart.series[0].points, index, markers=len(base) <= 40) for index, ((name, _), chart) in enumerate(zip(both, lines)) if chart]
+    result.append(make("training_dense", "Training of the unpruned network", "epoch", "accuracy", found, x_whole=True, fraction=True))
+    style = {name: index for index, name in enumerate(methods(rows))}
+    for budget, ratio in sorted({(row["budget"], row["ratio"]) for row in rows if row["method"] != DENSE}):
+        histories = {group.method: details.get(entry_name(group.rows[0]), {}).get("history") or [] for group in groups(rows)
+                     if (group.budget, group.ratio) == (budget, ratio) and group.method != DENSE}
+        column = "val_accuracy" if any(epoch.get("val_accuracy") is not None for history in histories.values() for epoch in history) else "train_accuracy"
+        chart = history_chart(f"training_{budget}{ratio:g}", f"Fine-tuning at ratio {ratio:g} of {budget}", histories, column,
+                              f"{'validation' if column == 'val_accuracy' else 'training'} accuracy")
+        if chart:
+            found = [Series(one.name, one.points, style[one.name], markers=one.markers) for one in chart.series]
+            result.append(make(chart.key, chart.title, chart.x_label, chart.y_label, found, x_whole=True, fraction=True))
+    return [chart for chart in result if chart is not None]
+
+
+def layer_sizes(detail: Mapping[str, Any]) -> tuple[list[tuple[str, Any, Any]], str]:
+    """(layer, before, after) of a network's details, and whether these are its "width" or its "rank" (low rank: `ranks`)."""
+    for key, what in (("widths", "width"), ("ranks", "rank")):
+        if detail.get(key):
+            return [(name, before, after) for name, (before, after) in detail[key].items()], what
+    return [], "width"
+
+
+def product(size: Any) -> float:
+    """A width, or the product of several ranks of one layer."""
+    return math.prod(size) if isinstance(size, (list, tuple)) else size
+
+
+def size_text(size: Any) -> str:
+    """A width, or several ranks of one layer as 16 x 32."""
+    return "\N{MULTIPLICATION SIGN}".join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
+
+
+def exact(number: float) -> Value:
+    """A value without a range."""
+    return Value(number, number, number)
