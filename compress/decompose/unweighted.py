@@ -1,0 +1,160 @@
+"""Low-rank decompositions in the ordinary Frobenius norm: SVD, Tucker-2 and CP. Tensors in, `Factors` out.
+
+Symbols: W [o, c] or [o, c, kh, kw]; the error is ||W - W_r||_F. The SVD of a matricisation is optimal (Eckart and Young 1936). Tucker-2
+(Kim et al. 2016) alternates the two channel modes (HOOI, De Lathauwer et al. 2000) from the truncated HOSVD; every sweep lowers the
+error. CP (Lebedev et al. 2015) writes W as a sum of R products of an input channel vector, a spatial kernel and an output channel vector.
+
+All work in float64 and return the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.decompose.factors import Factors, orthonormalise
+from compress.errors import RunError, UserError
+
+SVD_MODES = ("output", "input", "spatial")
+
+
+def check_weight(weight: Tensor) -> None:
+    """UserError unless the weight is a finite floating-point [o, c] or [o, c, kh, kw] tensor with elements."""
+    if weight.ndim not in (2, 4) or not weight.is_floating_point() or weight.numel() == 0:
+        raise UserError(f"A weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be decomposed; expected a floating-point [o, c] or [o, c, kh, kw].")
+    if not torch.isfinite(weight).all():
+        raise UserError(f"The weight of shape {tuple(weight.shape)} holds NaN or infinity; a decomposition needs finite weights.")
+
+
+def check_rank(name: str, rank: int, largest: int) -> int:
+    """The rank, or UserError unless it is an integer in [1, largest]."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+        raise UserError(f"The {name} must be an integer from 1 to {largest}, got {rank!r}.")
+    return rank
+
+
+def matricise(weight: Tensor, mode: str) -> Tensor:
+    """The matrix whose SVD `svd` truncates: "output" [o, c kh kw], "input" [o kh kw, c], "spatial" [o kw, c kh]."""
+    if mode == "output" or weight.ndim == 2:
+        return weight.flatten(1)
+    if mode == "input":
+        return weight.permute(0, 2, 3, 1).flatten(0, 2)
+    o, c, kh, kw = weight.shape
+    return weight.permute(0, 3, 1, 2).reshape(o * kw, c * kh)
+
+
+def from_matrices(left: Tensor, right: Tensor, shape: torch.Size, mode: str) -> Factors:
+    """Factors from left [rows, r] and right [r, columns] of the matricisation of a weight of this shape."""
+    rank = right.shape[0]
+    if len(shape) == 2:
+        return Factors(right.contiguous(), None, left.contiguous())
+    o, c, kh, kw = shape
+    if mode == "output":
+        return Factors(None, right.reshape(rank, c, kh, kw).contiguous(), left.contiguous())
+    if mode == "input":
+        return Factors(right.contiguous(), left.reshape(o, kh, kw, rank).permute(0, 3, 1, 2).contiguous(), None)
+    column = right.reshape(rank, c, kh, 1).contiguous()
+    row = left.reshape(o, kw, rank).permute(0, 2, 1).unsqueeze(2).contiguous()
+    return Factors(None, column, row)
+
+
+def svd(weight: Tensor, rank: int, mode: str = "output") -> Factors:
+    """Best two-factor approximation of a matricisation, both factors scaled by the square roots of the singular values.
+
+    Parameters
+    ----------
+    weight: [o, c] or [o, c, kh, kw].
+    rank: 1 .. min(rows, columns) of the matricisation.
+    mode: where a convolution is cut: "output" (kh x kw to r channels, then 1x1), "input" (1x1, then kh x kw), "spatial"
+        (kh x 1, then 1 x kw). A matrix has one way only.
+
+    Raises
+    ------
+    UserError: rank out of range, unknown mode, weight of another shape or not finite.
+    """
+    check_weight(weight)
+    if mode not in SVD_MODES:
+        raise UserError(f"Unknown SVD mode {mode!r}; known: {', '.join(SVD_MODES)}.")
+    matrix = matricise(weight.detach().double(), mode)
+    check_rank("rank", rank, min(matrix.shape))
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return from_matrices(u[:, :rank] * root, root[:, None] * v[:rank], weight.shape, mode).map(lambda tensor: tensor.to(weight.dtype))
+
+
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal basis [n, rank] of the dominant left singular subspace of a matrix [n, m], by its Gram matrix when n is smaller."""
+    if matrix.shape[1] >= matrix.shape[0]:
+        return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
+    return torch.linalg.svd(matrix, full_matrices=True)[0][:, :rank]
+
+
+def hooi(tensor: Tensor, ranks: tuple[int, int], start: Tensor | None = None, sweeps: int = 25, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """Orthonormal bases U_o [o, r_o] and U_c [c, r_c] that maximise ||U_o^T T U_c||_F for T [o, c, m], by alternation.
+
+    start: initial U_c [c, r_c]; the dominant subspace of the input mode (HOSVD) if None. The energy never falls below that of the start,
+    whatever its output basis.
+    """
+    r_out, r_in = ranks
+    u_in = leading(tensor.transpose(0, 1).flatten(1), r_in) if start is None else start
+    energy = -1.0
+    for _ in range(sweeps):
+        u_out = leading(torch.einsum("ocm,cq->oqm", tensor, u_in).flatten(1), r_out)
+        projected = torch.einsum("ocm,op->pcm", tensor, u_out)
+        u_in = leading(projected.transpose(0, 1).flatten(1), r_in)
+        new = torch.einsum("pcm,cq->pqm", projected, u_in).square().sum().item()
+        if new - energy <= tolerance * max(new, torch.finfo(tensor.dtype).tiny):
+            break
+        energy = new
+    return u_out, u_in
+
+
+def tucker2(weight: Tensor, ranks: tuple[int, int], sweeps: int = 25) -> Factors:
+    """Tucker-2: orthonormal `output` [o, r_o] and `input` [r_c, c], and a core [r_o, r_c, kh, kw] (matrices: [r_o, r_c]).
+
+    Raises
+    ------
+    UserError: a rank outside 1 .. o or 1 .. c, weight of another shape or not finite.
+    """
+    check_weight(weight)
+    r_out, r_in = check_rank("output rank", ranks[0], weight.shape[0]), check_rank("input rank", ranks[1], weight.shape[1])
+    dense = weight.detach().double()
+    u_out, u_in = hooi(dense.reshape(*dense.shape[:2], -1), (r_out, r_in), sweeps=sweeps)
+    core = torch.einsum("oc...,op,cq->pq...", dense, u_out, u_in)
+    return Factors(u_in.T.contiguous(), core.contiguous(), u_out.contiguous()).map(lambda tensor: tensor.to(weight.dtype).contiguous())
+
+
+def cp(weight: Tensor, rank: int, sweeps: int = 100, seed: int = 0) -> Factors:
+    """CP of a convolution weight [o, c, kh, kw] into 1x1 (c -> R), depthwise kh x kw (R), 1x1 (R -> o), by alternating least squares.
+
+    Runs through tensorly from its deterministic SVD start; `seed` draws the columns that a rank above a mode's size needs. Components
+    have equal norms in the three factors.
+
+    Raises
+    ------
+    UserError: rank below 1 or above min(o c, o k k, c k k), or the weight is no convolution weight.
+    """
+    check_weight(weight)
+    if weight.ndim != 4:
+        raise UserError(f"CP expects a convolution weight [o, c, kh, kw], got shape {tuple(weight.shape)}; use svd for matrices.")
+    o, c, kh, kw = weight.shape
+    check_rank("rank", rank, min(o * c, o * kh * kw, c * kh * kw))
+    scale = torch.linalg.vector_norm(weight.detach().double()).item()
+    if scale == 0:
+        return Factors(weight.new_zeros(rank, c), weight.new_zeros(rank, 1, kh, kw), weight.new_zeros(o, rank), depthwise=True)
+    dense = (weight.detach().double() / scale).reshape(o, c, kh * kw).cpu().numpy()
+    # tensorly is slow to import and needed here only
+    import tensorly
+    from tensorly.decomposition import parafac
+
+    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights, modes = parafac(dense, rank, n_iter_max=sweeps, init="svd", tol=1e-9, random_state=np.random.RandomState(seed))
+    left, right, kernel = (torch.from_numpy(np.asarray(mode)) for mode in modes)
+    factors = Factors((right * torch.from_numpy(np.asarray(weights)) * scale).T, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)
+    if not all(torch.isfinite(tensor).all() for tensor in factors.tensors.values()):
+        raise RunError(f"The CP decomposition of a weight {tuple(weight.shape)} at rank {rank} diverged; use a smaller rank or another decomposition.")
+    return orthonormalise(factors).map(lambda tensor: tensor.to(weight).contiguous())
