@@ -34,7 +34,7 @@ def draw(chart: Chart) -> Figure:
         axes.errorbar([value.mean for value in x], [value.mean for value in y], **spread, label=one.name + (" (masked)" if one.hollow else ""),
                       color=colour, elinewidth=1, linewidth=1.6, linestyle="-" if chart.lines and len(x) > 1 else "none",
                       marker=("*" if dense else MARKERS[one.style % len(MARKERS)]) if one.markers else "", markersize=12 if dense else 6,
-                      markerfacecolor="white" if one.hollow else colour, markeredgecolor=colour)
+                      clip_on=False, markerfacecolor="white" if one.hollow else colour, markeredgecolor=colour)
         if dense and chart.series[0] is not one:
             axes.axhline(y[0].mean, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0.9)
     axes.set(xlim=chart.x_limits, ylim=chart.y_limits, xlabel=chart.x_label, ylabel=chart.y_label)

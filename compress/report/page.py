@@ -62,7 +62,7 @@ def render(results: Results, drawn: Mapping[str, list[chart.Chart]]) -> str:
     return environment.get_template("report.html.jinja").render(
         title=str(meta.get("name") or "Compression report"), subtitle=subtitle, summary=sentences(rows, meta), overview=tables.overview(rows),
         tables=tables.method_tables(rows), figures={section: [svg.layout(one) for one in items] for section, items in drawn.items()},
-        layers=tables.layer_table(rows, details), networks=_networks(results), pinned=_pinned(details), environment=_flat(meta),
+        quantities=chart.QUANTITIES, layers=tables.layer_table(rows, details), networks=_networks(results), pinned=_pinned(details), environment=_flat(meta),
         config=json.dumps(meta["config"], indent=2, ensure_ascii=False) if meta.get("config") else "")
 
 
@@ -74,8 +74,8 @@ def _networks(results: Results) -> list[dict[str, Any]]:
         detail = details.get(name) or {}
         history = detail.get("history") or []
         curves = [chart.history_chart(f"{name}-{what}", f"{title} per epoch",
-                                      {split: [{"epoch": epoch["epoch"], what: epoch.get(f"{split}_{what}")} for epoch in history] for split in ("train", "val")},
-                                      what, what) for what, title in (("loss", "Loss"), ("accuracy", "Accuracy"))]
+                                      {images: [{"epoch": epoch["epoch"], what: epoch.get(f"{split}_{what}")} for epoch in history]
+                                       for split, images in (("train", "training"), ("val", "validation"))}, what, what) for what, title in (("loss", "Loss"), ("accuracy", "Accuracy"))]
         shown = {"name": name, "bars": None if name == DENSE else svg.bars(detail), "curves": [svg.layout(one) for one in curves if one],
                  "verified": _flat(detail.get("verified") or {}), "coverage": [_coverage(line) for line in detail.get("coverage") or []]}
         if any(shown[key] for key in ("bars", "curves", "verified", "coverage")):

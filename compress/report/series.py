@@ -128,7 +128,7 @@ def series(rows: Sequence[Row], x: str, y: str, budget: str | None = None) -> li
     for name in [*methods(rows), DENSE]:
         chosen = [group for group in groups(rows) if group.method == name and (budget in (None, group.budget) or name == DENSE)]
         for masked in (False, True):
-            points = [Point(a, b, name if name == DENSE else f"{name}, {group.budget} ratio {group.ratio:g}")
+            points = [Point(a, b, name if name == DENSE else f"{name}, ratio {group.ratio:g} of {group.budget}")
                       for group in chosen if group.masked == masked
                       if (a := value(group.rows, x)) is not None and (b := value(group.rows, y)) is not None]
             if points:

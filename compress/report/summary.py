@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .chart import QUANTITIES
 from .results import Row, batch_sizes
 from .series import DENSE, Group, Value, dense_row, groups, methods, speedup, value
 
@@ -78,7 +79,9 @@ def _best(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
         lead = f"{best.method} is best of {len(rivals)} methods" if len(rivals) > 1 else f"{best.method}"
         if len(rivals) > 1 and max(accuracy.low, rivals[1][0].low) <= min(accuracy.high, rivals[1][0].high):
             lead += f" (level with {rivals[1][1].method}: " + ("their seeds overlap)" if accuracy.count > 1 else "equal accuracy)")
-        result.append(f"At ratio {ratio:g} of {budget}, {lead}: {_removed(best)}{_cost(best, accuracy)}{_gain(rows, best)}.")
+        elif len(rivals) > 1:
+            lead += f" ({accuracy.mean - rivals[1][0].mean:.3f} ahead of {rivals[1][1].method})"
+        result.append(f"At ratio {ratio:g} of the {QUANTITIES.get(budget, budget)}, {lead}: {_removed(best)}{_cost(best, accuracy)}{_gain(rows, best)}.")
     return result
 
 
@@ -148,7 +151,7 @@ def _noise(rows: Sequence[Row], meta: Mapping[str, Any]) -> list[str]:
         return []
     error = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / size)
     return [f"The test set has {size} images: one image is {1 / size:.4f}, and the standard error of an accuracy of {row['accuracy']:.3f} is {error:.4f}; "
-            "smaller differences say nothing."] if size else []
+            "smaller differences may be chance."]
 
 
 def _time(milliseconds: float) -> str:

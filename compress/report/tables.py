@@ -97,7 +97,7 @@ def _accuracy(key: str, group: Group | None, mark: str) -> Cell:
         return Cell(key, NOTHING)
     note = signed(accuracy.mean - base.mean, 4) if base else ""
     if accuracy.count > 1:
-        note += f"{'; ' if note else ''}{accuracy.low:.4f} to {accuracy.high:.4f}, {accuracy.count} seeds"
+        note += f"\n{accuracy.low:.4f}\N{EN DASH}{accuracy.high:.4f}"
     return Cell(key, f"{accuracy.mean:.4f}", accuracy.mean, note, mark)
 
 
@@ -107,16 +107,16 @@ def _columns(rows: Sequence[Row], batches: Sequence[int]) -> tuple[Column, ...]:
         found.insert(0, Column("budget", "budget", "quantity that the ratio is taken of"))
     if len({row.get("seed") for row in rows}) > 1:
         found.append(Column("seed", "seed"))
-    found += [Column("params", "parameters"), Column("params_removed", "removed", "fraction of the parameters removed"),
-              Column("gflops", "GFLOPs", "1e9 floating point operations per image, 2 per MAC"), Column("macs_removed", "MACs removed", "fraction of the MACs removed")]
+    found += [Column("accuracy", "accuracy", "test accuracy after fine-tuning"), Column("delta", "difference", "accuracy minus the accuracy of the unpruned network"),
+              Column("macs_removed", "MACs removed", "share of the MACs removed"), Column("params_removed", "parameters removed", "share of the parameters removed")]
     if any(row.get("density") is not None for row in rows):
         found += [Column("density", "density", "fraction of non-zero weights"), Column("macs_nonzero", "non-zero MACs", "MACs with non-zero weights")]
-    found += [Column("accuracy_oneshot", "one-shot accuracy", "test accuracy after surgery and recalibration, before fine-tuning"),
-              Column("accuracy", "accuracy", "test accuracy after fine-tuning"), Column("delta", "difference", "accuracy minus the accuracy of the unpruned network")]
     for batch in batches:
-        found += [Column(f"latency_ms_{batch}", f"ms, batch {batch}", "median latency of one forward pass (p10 to p90)"),
-                  Column(f"speedup_{batch}", f"speed-up, batch {batch}", "dense median / median (range that both spreads allow)")]
-    return (*found, Column("seconds", "seconds", "time that this network took to make"))
+        found += [Column(f"speedup_{batch}", f"speed\N{NON-BREAKING HYPHEN}up, batch\N{NO-BREAK SPACE}{batch}", "dense median / median (range that both spreads allow)"),
+                  Column(f"latency_ms_{batch}", f"ms, batch\N{NO-BREAK SPACE}{batch}", "median latency of one forward pass (p10 to p90)")]
+    return (*found, Column("gflops", "GFLOPs", "1e9 floating point operations per image, 2 per MAC"), Column("params", "parameters"),
+            Column("accuracy_oneshot", "one-shot accuracy", "test accuracy after surgery and recalibration, before fine-tuning"),
+            Column("seconds", "seconds", "time that this network took to make"))
 
 
 def _line(row: Row, heads: Sequence[Column], dense: Sequence[Row]) -> tuple[Cell, ...]:
@@ -131,7 +131,7 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
         return Cell(key, NOTHING) if number is None else Cell(key, signed(number, 4), number)
     if key.startswith("latency_ms_"):
         latency = value([row], f"latency:{key.removeprefix('latency_ms_')}")
-        return Cell(key, NOTHING) if latency is None else Cell(key, f"{latency.mean:.4g}", latency.mean, f"{latency.low:.4g} to {latency.high:.4g}")
+        return Cell(key, NOTHING) if latency is None else Cell(key, f"{latency.mean:.4g}", latency.mean, f"{latency.low:.4g}\N{EN DASH}{latency.high:.4g}")
     if key.startswith("speedup_"):
         return _speed(row, key, dense)
     number = row.get(key)
@@ -150,10 +150,10 @@ def _speed(row: Row, key: str, dense: Sequence[Row]) -> Cell:
     gain = None if row["method"] == DENSE else speedup(dense, [row], int(key.removeprefix("speedup_")))
     if gain is None:
         return Cell(key, NOTHING)
-    note = f"{gain.low:.2f} to {gain.high:.2f}"
+    note = f"{gain.low:.2f}\N{EN DASH}{gain.high:.2f}"
     mark = ""
     if gain.mean < 1:
-        note, mark = f"slower than dense; {note}", "bad"
+        note, mark = f"slower than dense\n{note}", "bad"
     elif gain.low <= 1:
-        note, mark = f"within the spread; {note}", "doubt"
+        note, mark = f"within the spread\n{note}", "doubt"
     return Cell(key, f"{gain.mean:.2f}\N{MULTIPLICATION SIGN}", gain.mean, note, mark)
