@@ -65,12 +65,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     given = _read(path)
     target = model.state_dict(keep_vars=True)
     optional = _optional(target, given)
+    unknown = [name for name in given if name not in target]
     for name in target:
         if name not in given and name not in optional:
-            raise UserError(f"Weights file {path} has no tensor {name!r}{nearest(name, list(given))}; the network needs it.")
+            raise UserError(f"Weights file {path} has no tensor {name!r}{nearest(name, unknown)}; the network needs it.")
+    if unknown:
+        raise UserError(f"Weights file {path} holds {unknown[0]!r}, which the network does not have.")
     for name, tensor in given.items():
-        if name not in target:
-            raise UserError(f"Weights file {path} holds {name!r}, which the network does not have{nearest(name, list(target))}.")
         want = target[name]
         if tensor.shape != want.shape:
             raise UserError(f"Tensor {name!r} in weights file {path} has shape {list(tensor.shape)}; the network needs {list(want.shape)}.")
