@@ -107,7 +107,13 @@ def split_bundle(cfg: DataConfig, seed: int, whole: Split, test: Split, num_clas
 
 
 def tensor_bundle(
-    cfg: DataConfig, seed: int, device: torch.device, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int, transform: Transform
+    cfg: DataConfig,
+    seed: int,
+    device: torch.device,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    num_classes: int,
+    transform: Transform,
 ) -> DataBundle:
     """The bundle of a small data set from (images [n, C, H, W] uint8, labels [n]) of its training and test part."""
     whole, held = TensorSplit(*train, transform, device), TensorSplit(*test, transform, device)

@@ -1,13 +1,13 @@
 """Several processes that train one network, each on its part of every batch.
 
-The processes are started by torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; gloo on the CPU, NCCL on GPUs. Sums go
-over one flat buffer per data type. Every collective has a timeout, so that a lost or hanging peer ends in `RunError`.
+The processes are started by torchrun, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; gloo on the CPU, NCCL on GPUs.
+Sums go over one flat buffer per data type. Every collective has a timeout, so that a lost or hanging peer ends in `RunError`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,11 +56,12 @@ class Dist:
         self.broadcast_([size])
         if int(size) == 0:
             return b""
-        buffer = torch.frombuffer(payload, dtype=torch.uint8).to(self.device) if self.is_main else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        payload = payload or bytearray(int(size))
+        buffer = torch.frombuffer(payload, dtype=torch.uint8).to(self.device)
         self.broadcast_([buffer])
         return buffer.cpu().numpy().tobytes()
 
-    def _each_flat(self, tensors: list[Tensor], collective) -> None:
+    def _each_flat(self, tensors: list[Tensor], collective: Callable[[Tensor], object]) -> None:
         if self.world_size == 1:
             return
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
@@ -89,7 +90,7 @@ def connect(device: torch.device | str, timeout_seconds: float = TIMEOUT_SECONDS
     try:
         rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
-        raise UserError(f"WORLD_SIZE is set, but RANK or LOCAL_RANK is missing or no number ({error}); start the processes with torchrun.") from error
+        raise UserError(f"WORLD_SIZE is set, but RANK or LOCAL_RANK is no number ({error}); start with torchrun.") from error
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

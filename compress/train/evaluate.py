@@ -25,8 +25,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`{"loss": mean cross-entropy in nats, "accuracy": share in [0, 1]}` of `model` on `split`.
 
-    No gradients, no random draws; train/eval flags are put back. Sums are float64, so that the batch size changes nothing but the rounding inside
-    a batch. With several processes each takes its part of every batch and all get the same result.
+    No gradients, no random draws; train/eval flags are put back. Sums are float64, so that the batch size changes nothing but the rounding
+    inside a batch. With several processes each takes its part of every batch and all get the same result.
     """
     if len(split) == 0:
         raise UserError("There is no image to evaluate on.")

@@ -1,10 +1,10 @@
 """Optimisers, and learning-rate schedules as closed formulas of the step.
 
 Symbols: step t = 0..T-1 of T, w warm-up steps, peak rate r.
-    warm-up (constant, multistep, cosine)   r (t + 1) / w                                    for t < w
-    multistep                               r gamma^(number of milestones m with t >= round(m T))
-    cosine                                  r (1 + cos(pi (t - w) / (T - w))) / 2            (Loshchilov and Hutter 2017)
-    onecycle                                cosine from r/25 up to r at t = 0.3 T - 1, then down to r/250000 at T - 1  (Smith and Topin 2018)
+    warm-up (all but onecycle)   r (t + 1) / w                                    for t < w
+    multistep                    r gamma^(number of milestones m with t >= round(m T))
+    cosine                       r (1 + cos(pi (t - w) / (T - w))) / 2            (Loshchilov and Hutter 2017)
+    onecycle                     cosine from r/25 up to r at t = 0.3 T - 1, then down to r/250000 at T - 1  (Smith and Topin 2018)
 """
 
 from __future__ import annotations

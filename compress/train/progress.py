@@ -13,7 +13,8 @@ Log = Callable[[str], None]
 
 def epoch_line(row: dict, epochs: int) -> str:
     """One line about a row of the history."""
-    parts = [f"epoch {row['epoch']}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}", f"accuracy {row['train_accuracy']:.4f}"]
+    parts = [f"epoch {row['epoch']}/{epochs}", f"lr {row['lr']:.3g}"]
+    parts += [f"loss {row['train_loss']:.4f}", f"accuracy {row['train_accuracy']:.4f}"]
     if row["val_accuracy"] is not None:
         parts += [f"val loss {row['val_loss']:.4f}", f"val accuracy {row['val_accuracy']:.4f}"]
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
