@@ -37,7 +37,7 @@ class PadShortcut(nn.Module):
 
 
 def init_kaiming_fan_in(model: nn.Module) -> None:
-    """Normal weights of variance 2 / fan_in in every convolution and linear layer; biases and BatchNorm stay as they are (He et al. 2015)."""
+    """Normal weights of variance 2 / fan_in in convolutions and linear layers; biases and BatchNorm stay as they are (He et al. 2015)."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)

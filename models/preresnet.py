@@ -5,7 +5,8 @@ shortcut is left as it is. Three stages of 16, 32 and 64 channels (times 4 behin
 size change, the shortcut is a 1x1 convolution without BatchNorm; it reads the block's input in PreResNets, and the input after
 BatchNorm and ReLU in wide ResNets (Zagoruyko & Komodakis 2016, arXiv:1605.07146), whose stem keeps 16 channels.
 
-Initialisation: convolutions normal of variance 2 / (k k c_out); BatchNorm (1, 0); linear layer PyTorch's default, with zero bias in wide ResNets.
+Initialisation: convolutions normal of variance 2 / (k k c_out); BatchNorm (1, 0); linear layer PyTorch's default, with zero
+bias in wide ResNets.
 
 Counts at 32x32 and 3 input channels, 10 classes:
 
@@ -36,8 +37,8 @@ class PreActivationBlock(nn.Module):
     Parameters
     ----------
     widths:
-        Channels from the input to the output, one convolution between each two; 3x3 convolutions for one inner width (basic), 1x1 - 3x3 - 1x1
-        for two (bottleneck).
+        Channels from the input to the output, one convolution between each two; 3x3 convolutions for one inner width (basic),
+        1x1 - 3x3 - 1x1 for two (bottleneck).
     stride:
         Of the first 3x3 convolution.
     activated:
@@ -70,7 +71,7 @@ class PreActivationBlock(nn.Module):
 
 
 class PreResNet(nn.Module):
-    """The network; `[n, in_channels, h, w] -> [n, num_classes]`. `stem` and `channels`: channels of the stem and inside the three stages."""
+    """The network; `[n, in_channels, h, w] -> [n, num_classes]`. `stem`, `channels`: channels of the stem and inside the three stages."""
 
     def __init__(
         self,

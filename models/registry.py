@@ -1,7 +1,7 @@
 """Which networks there are: names to builders, with the facts a configuration check needs.
 
-A family file registers its builders with `register`. A builder is called as `builder(num_classes=..., in_channels=..., **options)`; its other
-keyword arguments are its options, found by introspection, so that an unknown option is refused with the nearest one.
+A family file registers its builders with `register`. A builder is called as `builder(num_classes=..., in_channels=..., **options)`; its
+other keyword arguments are its options, found by introspection, so that an unknown option is refused with the nearest one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ResNets of four stages for small images: resnet18, resnet34, resnet50, resnet101, resnet152 with a CIFAR stem.
 
-He et al. 2016 (arXiv:1512.03385), the ImageNet networks, with a 3x3 stem of stride 1 and no max-pool in front of the stages of 64, 128, 256 and
-512 channels (times `width`; times 4 behind bottleneck blocks, whose stride sits on the 3x3 convolution). Where channels or image size
+He et al. 2016 (arXiv:1512.03385), the ImageNet networks, with a 3x3 stem of stride 1 and no max-pool in front of the stages of 64, 128, 256
+and 512 channels (times `width`; times 4 behind bottleneck blocks, whose stride sits on the 3x3 convolution). Where channels or image size
 change, the shortcut is a 1x1 convolution with BatchNorm. Initialisation: PyTorch's default.
 
 Counts at 32x32 and 3 input channels, 10 classes:

@@ -1,7 +1,7 @@
 """torchvision's classification networks as `torchvision/<name>`, with fresh weights and any number of input channels.
 
-Options are those of the constructor in torchvision (`dropout`, `image_size`, ...). GoogLeNet and Inception are built without their auxiliary
-classifiers, so that training and evaluation give one output. For other than 3 input channels the first convolution is replaced.
+Options are those of the constructor in torchvision (`dropout`, `image_size`, ...). GoogLeNet and Inception are built without their
+auxiliary classifiers, so that training and evaluation give one output. For other than 3 input channels the first convolution is replaced.
 Initialisation: torchvision's own.
 """
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.registry import nearest
+
+from .options import whole
 
 PREFIX = "torchvision/"
 _AUXILIARY = ("googlenet", "inception_v3")
@@ -71,7 +73,7 @@ def build(name: str, num_classes: int, in_channels: int, options: Mapping[str, A
             # GoogLeNet and Inception announce the slow initialisation that is asked for.
             warnings.simplefilter("ignore", FutureWarning)
             model = get_model(bare, weights=None, num_classes=num_classes, **(fixed | dict(options)))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError) as error:
         if not options:
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
@@ -100,13 +102,16 @@ def sizes(name: str, options: Mapping[str, Any]) -> tuple[int, int | None]:
     Raises
     ------
     UserError
-        For an unknown network, with the nearest name.
+        For an unknown network (with the nearest name), and for an image size that is none.
     """
     bare = _bare(name)
     if bare.startswith("vit"):
-        side = options.get("image_size", 224)
+        side = whole("image_size", options.get("image_size", 224))
         return side, side
     if bare.startswith("maxvit"):
-        side = options.get("input_size", (224, 224))[0]
+        given = options.get("input_size", (224, 224))
+        if not isinstance(given, list | tuple) or len(given) != 2:
+            raise UserError(f"Option 'input_size' of model {name!r} is {given!r}; expected [height, width].")
+        side = whole("input_size", given[0])
         return side, side
     return next((size for prefix, size in _MIN_SIZES.items() if bare.startswith(prefix)), 1), None

@@ -9,9 +9,9 @@ one linear layer. `variant` chooses between two published forms with equal count
 
 Default: `"max"` with BatchNorm, `"average"` without. Both have biases in the convolutions.
 
-`vgg16_weight_level` is the VGG-16 of the weight-level pruning study: no biases in the convolutions, average pooling at the end, and the head
-Linear(512, 512) - BatchNorm - ReLU - Linear(512, classes). Initialisation: convolutions normal of variance 2 / (k k c_out), linear layers
-normal of standard deviation 0.01 with zero bias, BatchNorm scale 0.5 and shift 0.
+`vgg16_weight_level` is the VGG-16 of the weight-level pruning study: no biases in the convolutions, average pooling at the end, and
+the head Linear(512, 512) - BatchNorm - ReLU - Linear(512, classes). Initialisation: convolutions normal of variance 2 / (k k c_out), linear
+layers normal of standard deviation 0.01 with zero bias, BatchNorm scale 0.5 and shift 0.
 
 Counts at 32x32 and 3 input channels, 10 classes (513 parameters and 512 MACs more per class):
 

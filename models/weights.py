@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if tensor.shape != want.shape:
             raise UserError(f"Tensor {name!r} in weights file {path} has shape {list(tensor.shape)}; the network needs {list(want.shape)}.")
         if tensor.is_floating_point() != want.is_floating_point() or tensor.is_complex() != want.is_complex():
-            raise UserError(f"Tensor {name!r} in weights file {path} is {tensor.dtype}, which does not convert to the network's {want.dtype}.")
+            raise UserError(f"Tensor {name!r} in weights file {path} is {tensor.dtype}; the network needs {want.dtype}.")
         # Checked after the conversion: a large float32 value overflows in a float16 network.
         if not torch.isfinite(tensor.to(want.dtype)).all():
             raise UserError(f"Tensor {name!r} in weights file {path} holds values that are not finite as {want.dtype}.")

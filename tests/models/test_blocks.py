@@ -77,7 +77,7 @@ def test_dual_path_block_adds_the_first_and_appends_the_other_channels():
 
 @pytest.mark.parametrize("name", ["preresnet110", "preresnet110_bottleneck", "wrn_16_8"])
 def test_pre_activation_block_without_branch_is_the_identity(name):
-    """Nothing follows the sum (He et al. 2016b, eq. 5), so a block whose last convolution is zero returns its input, negative values too."""
+    """Nothing follows the sum (He et al. 2016b, eq. 5), so a block whose last convolution is zero returns its input, unrectified."""
     model = build(name, 10)
     block = model.layer1[1]
     last = block.conv3 if name.endswith("bottleneck") else block.conv2

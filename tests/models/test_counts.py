@@ -1,4 +1,4 @@
-"""Oracle: published parameter and MAC counts (tables of the papers and their code), and closed formulas evaluated by hooks on each layer."""
+"""Oracle: published parameter and MAC counts (tables of the papers and their code), and closed formulas evaluated layer by layer."""
 
 import pytest
 import torch

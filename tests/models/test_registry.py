@@ -100,6 +100,9 @@ FAULTS = [
     (lambda: info("torchvision/resnet19"), "'resnet19' (did you mean 'resnet18'?)"),
     (lambda: build("torchvision/resnet18", 10, foo=1), "(foo=1)"),
     (lambda: build("torchvision/resnet18", 10, weights="DEFAULT"), "'weights'"),
+    (lambda: build("torchvision/vit_b_16", 10, image_size=33), "(image_size=33)"),
+    (lambda: info("torchvision/vit_b_16", image_size="large"), "'image_size' is 'large'"),
+    (lambda: info("torchvision/maxvit_t", input_size=64), "'input_size'"),
 ]
 
 
