@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .results import Row, batch_sizes, entry_name
-from .series import DENSE, Point, Series, Value, groups, methods, pareto, series
+from .series import DENSE, QUANTITIES, Point, Series, Value, groups, methods, pareto, series
 
-QUANTITIES = {"macs": "MACs", "params": "parameters"}
 MASKED_GFLOPS = "Their GFLOPs count products with non-zero weights only, which dense kernels do not save."
 SMALLEST_SPAN = 0.04
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)

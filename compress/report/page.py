@@ -17,7 +17,7 @@ import jinja2
 
 from . import chart, svg, tables
 from .results import entry_name, write_atomically
-from .series import DENSE
+from .series import DENSE, QUANTITIES
 from .summary import sentences
 
 Results = Mapping[str, Any]
@@ -62,7 +62,7 @@ def render(results: Results, drawn: Mapping[str, list[chart.Chart]]) -> str:
     return environment.get_template("report.html.jinja").render(
         title=str(meta.get("name") or "Compression report"), subtitle=subtitle, summary=sentences(rows, meta), overview=tables.overview(rows),
         tables=tables.method_tables(rows), figures={section: [svg.layout(one) for one in items] for section, items in drawn.items()},
-        quantities=chart.QUANTITIES, layers=tables.layer_table(rows, details), networks=_networks(results), pinned=_pinned(details), environment=_flat(meta),
+        quantities=QUANTITIES, layers=tables.layer_table(rows, details), networks=_networks(results), pinned=_pinned(details), environment=_flat(meta),
         config=json.dumps(meta["config"], indent=2, ensure_ascii=False) if meta.get("config") else "")
 
 

@@ -14,6 +14,7 @@ from statistics import fmean
 from .results import Row
 
 DENSE = "dense"
+QUANTITIES = {"macs": "MACs", "params": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def series(rows: Sequence[Row], x: str, y: str, budget: str | None = None) -> li
     for name in [*methods(rows), DENSE]:
         chosen = [group for group in groups(rows) if group.method == name and (budget in (None, group.budget) or name == DENSE)]
         for masked in (False, True):
-            points = [Point(a, b, name if name == DENSE else f"{name}, ratio {group.ratio:g} of {group.budget}")
+            points = [Point(a, b, name if name == DENSE else f"{name}, ratio {group.ratio:g} of {QUANTITIES.get(group.budget, group.budget)}")
                       for group in chosen if group.masked == masked
                       if (a := value(group.rows, x)) is not None and (b := value(group.rows, y)) is not None]
             if points:

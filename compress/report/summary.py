@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .chart import QUANTITIES
 from .results import Row, batch_sizes
-from .series import DENSE, Group, Value, dense_row, groups, methods, speedup, value
+from .series import DENSE, QUANTITIES, Group, Value, dense_row, groups, methods, speedup, value
 
 MISSED = 0.01
 
