@@ -120,9 +120,13 @@ def build(name: str, num_classes: int, in_channels: int = 3, **options: Any) -> 
     whole("num_classes", num_classes)
     whole("in_channels", in_channels)
     if name.startswith(torchvision_models.PREFIX):
-        return torchvision_models.build(name, num_classes, in_channels, options)
-    entry = _entry(name)
-    return entry.builder(num_classes=num_classes, in_channels=in_channels, **entry.fixed, **_merge(name, entry, options))
+        model = torchvision_models.build(name, num_classes, in_channels, options)
+    else:
+        entry = _entry(name)
+        model = entry.builder(num_classes=num_classes, in_channels=in_channels, **entry.fixed, **_merge(name, entry, options))
+    # What `build(**model.build_spec)` needs to make this architecture again; a saved network carries it.
+    model.build_spec = {"name": name, "num_classes": num_classes, "in_channels": in_channels, **options}
+    return model
 
 
 def info(name: str, **options: Any) -> ModelInfo:

@@ -24,7 +24,7 @@ class ChannelMethod:
 
     def check(self, options: dict[str, Any]) -> None:
         """Raise `UserError` for options that the criterion does not have."""
-        self.criterion.check(options)
+        self.criterion.parse(options)
 
     def prepare(self, context: Context) -> dict[str, Tensor]:
         """Scores: group name to float64 tensor [channels]; low is removed first."""
@@ -33,7 +33,7 @@ class ChannelMethod:
 
     def largest(self, context: Context, budget: str) -> float:
         """The largest ratio of `budget` that the caps leave reachable."""
-        return largest(context.graph, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
+        return largest(context.graph, budget, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
         """Remove the lowest-scored channels until `budget` is met, in place."""

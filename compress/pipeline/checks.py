@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import sys
 from collections.abc import Callable
@@ -32,8 +33,17 @@ class Prepared:
     num_classes: int
 
 
-def build_network(config: ModelConfig, num_classes: int, in_channels: int, seed: int) -> nn.Module:
-    """The uncompressed network with initial weights drawn from `seed`; the global random state is not touched."""
+RESERVED = ("name", "num_classes", "in_channels")  # arguments of the builder that the toolkit gives itself
+
+
+def build_network(config: ModelConfig, num_classes: int, shape: tuple[int, int, int], seed: int) -> nn.Module:
+    """The uncompressed network with initial weights drawn from `seed`; the global random state is not touched.
+
+    `shape` is that of the images (C, H, W). A network that needs to know their side (option `image_size`) is told it.
+    """
+    for key in RESERVED:
+        if key in config.options:
+            raise UserError(f"`model.options.{key}`: {key} is set by the toolkit; remove it from the options.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if config.import_ is not None:
@@ -41,7 +51,14 @@ def build_network(config: ModelConfig, num_classes: int, in_channels: int, seed:
         if config.name is None:
             raise UserError("`model`: give a `name` of the registry or an `import` of your own network.")
         try:
-            return own("models").build(config.name, num_classes, in_channels=in_channels, **config.options)
+            options = dict(config.options)
+            if "image_size" not in options and "image_size" in own("models").info(config.name, **options).options:
+                options["image_size"] = shape[1]
+            facts = own("models").info(config.name, **options)
+            if min(shape[1:]) < facts.min_size or (facts.exact_size and set(shape[1:]) != {facts.exact_size}):
+                wanted = f"of side {facts.exact_size}" if facts.exact_size else f"of at least {facts.min_size} pixels a side"
+                raise UserError(f"{config.name} takes images {wanted}, and the data has {shape[1]}x{shape[2]}.")
+            return own("models").build(config.name, num_classes, in_channels=shape[0], **options)
         except UserError as error:
             raise UserError(*(f"`model`: {fault}" for fault in error.faults)) from None
 
@@ -65,16 +82,16 @@ def _imported(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The torch device of `device`; "auto" is a GPU where there is one, in torchrun the one of this process."""
+def pick_device(name: str) -> torch.device:
+    """The torch device of `device`; "auto" is a GPU where there is one."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"`device` = {name!r}: torch sees no GPU here; use \"cpu\" or \"auto\".")
-    index = int(name.split(":")[1]) if ":" in name else local_rank
-    if index >= torch.cuda.device_count():
-        raise UserError(f"`device` = {name!r}: there are {torch.cuda.device_count()} GPUs here.")
-    return torch.device("cuda", index)
+        raise UserError(f"`device` = \"{name}\": torch sees no GPU here; use \"cpu\" or \"auto\".")
+    device = torch.device("cuda" if name == "auto" else name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"`device` = \"{name}\": torch sees {torch.cuda.device_count()} GPUs here.")
+    return device
 
 
 def check(config: Config) -> Prepared:
@@ -88,7 +105,7 @@ def check(config: Config) -> Prepared:
     faults = _method_faults(config)
     try:
         num_classes, shape = describe(config.data)
-        model = build_network(config.model, num_classes, shape[0], config.seed)
+        model = build_network(config.model, num_classes, shape, config.seed)
     except UserError as error:
         raise UserError(*faults, *error.faults) from None
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
@@ -145,8 +162,6 @@ def _method_faults(config: Config) -> list[str]:
 
 
 def _check_exclude(config: Config, model: nn.Module) -> None:
-    import fnmatch
-
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern in config.prune.exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

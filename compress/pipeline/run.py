@@ -7,6 +7,7 @@ Under torchrun every process trains; only the first one compresses, writes and r
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 import time
@@ -26,7 +27,7 @@ from compress.pipeline.checks import check, pick_device
 from compress.pipeline.folder import Mode, RunFolder
 from compress.pipeline.stages import Job, base_stage, entry_name, entry_stage, plan_effect
 from compress.report import write_report, write_results
-from compress.train import distributed
+from compress.train.distributed import Dist, connect
 
 Log = Callable[[str], None]
 
@@ -45,36 +46,31 @@ def run(config: Config, output_dir: Path, mode: Mode = "auto", log: Log | None =
     ------
     UserError, RunError, Terminated
     """
-    dist = distributed.init()
-    log = log or (print_line if dist.is_main else _silent)
     try:
-        return _run(config, output_dir, mode, log, dist)
+        with connect(pick_device(config.device)) as dist:
+            return _run(config, output_dir, mode, log or (print_line if dist.is_main else _silent), dist)
     except torch.OutOfMemoryError as error:
         raise RunError(f"The device ran out of memory ({str(error).splitlines()[0]}); lower data.batch_size.") from error
-    finally:
-        distributed.close(dist)
 
 
-def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Any) -> Path:
+def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> Path:
     started = time.time()
-    device = pick_device(config.device, dist.local_rank)
     _torch_settings(config)
     folder = RunFolder(output_dir / config.name, to_json(config))
     if dist.is_main:
         folder.check(mode)
     prepared = check(config)
-    data = load_data(config.data, seed=config.seed, device=device)
-    job = Job(config, folder, data, prepared, device, dist, log)
-    if not dist.is_main:
-        _follow(job)
-        return folder.path
-    with folder.open(mode):
-        log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {device}")
+    data = load_data(config.data, seed=config.seed, device=dist.device)
+    job = Job(config, folder, data, prepared, dist, log)
+    with folder.open(mode) if dist.is_main else contextlib.nullcontext():
+        log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {dist.device}")
         base = base_stage(job)
         entries = [entry_stage(job, base, method, ratio, seed) for seed, method, ratio in _entries(config)]
+        if not dist.is_main:
+            return folder.path
         rows, details = measure(job, base, entries)
         meta = {
-            "toolkit": __version__, "config": to_json(config), "machine": _machine(device), "data": {
+            "toolkit": __version__, "config": to_json(config), "machine": _machine(dist.device), "data": {
                 "train": len(data.train), "val": len(data.val), "test": len(data.test), "classes": data.num_classes, "shape": list(data.input_shape)},
             "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)), "seconds": round(time.time() - started, 1), "details": details,
         }
@@ -84,13 +80,6 @@ def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Any) -> P
             log(summary(row))
         log(f"report: {page}")
     return folder.path
-
-
-def _follow(job: Job) -> None:
-    """The other processes of a data-parallel run: train along, write nothing."""
-    base = base_stage(job)
-    for seed, method, ratio in _entries(job.config):
-        entry_stage(job, base, method, ratio, seed)
 
 
 def _entries(config: Config) -> list[tuple[int, str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from compress.config import Config
 from compress.config_file import to_json
 from compress.cost import count
 from compress.data import DataBundle
-from compress.files import read_json, write_bytes
-from compress.network_file import WEIGHTS, read_weights, save, weights_to_bytes
+from compress.files import write_bytes
+from compress.network_file import NETWORK, PLAN, WEIGHTS, read_weights, save, weights_to_bytes
 from compress.pipeline.checks import Prepared, context_for
 from compress.pipeline.folder import RunFolder, digest
 from compress.plan import Plan, apply_plan
 from compress.train import evaluate, fit, recalibrate
+from compress.train.distributed import Dist
 
 CUT = "cut"  # subfolder of an entry: the network after surgery, before fine-tuning
 
@@ -38,8 +40,7 @@ class Job:
     folder: RunFolder
     data: DataBundle
     prepared: Prepared
-    device: torch.device
-    dist: Any
+    dist: Dist
     log: Callable[[str], None]
     scores: dict[tuple[str, int], tuple[Any, Any, float]] = field(default_factory=dict)
 
@@ -66,15 +67,15 @@ def base_stage(job: Job) -> Base:
     parts = [settings["data"], settings["model"], settings["seed"], settings["deterministic"]]
     parts += [state_hash(job.prepared.model)] if weights is not None else [settings["train"]]
     key = digest("base", *parts)
-    result = job.dist.broadcast(job.folder.result("base", key) if job.dist.is_main else None)
-    model = copy.deepcopy(job.prepared.model).to(job.device)
+    result = share(job.dist, job.folder.result("base", key) if job.dist.is_main else None)
+    model = copy.deepcopy(job.prepared.model).to(job.dist.device)
     if result is None:
         history = []
         folder = job.folder.begin("base", key) if job.dist.is_main else job.folder.stage("base")
         if weights is None:
             job.log(f"training the base network for {config.train.epochs} epochs")
             history = fit(model, job.data, config.train, batch_size=config.data.batch_size, seed=config.seed,
-                          checkpoint=folder / "checkpoint", log=job.log, distributed=job.dist)
+                          checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist)
         accuracy = evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"]
         result = {"accuracy": accuracy, "history": list(history), "seconds": sum(epoch["seconds"] for epoch in history)}
         if job.dist.is_main:
@@ -82,7 +83,7 @@ def base_stage(job: Job) -> Base:
             job.folder.finish("base", key, result)
     if job.dist.is_main:
         _clean(job.folder.stage("base"))
-    content = job.dist.broadcast((job.folder.stage("base") / WEIGHTS).read_bytes() if job.dist.is_main else None)
+    content = job.dist.share_bytes((job.folder.stage("base") / WEIGHTS).read_bytes() if job.dist.is_main else None)
     read_weights(model, content, str(job.folder.stage("base") / WEIGHTS))
     job.log(f"base accuracy {result['accuracy']:.4f}")
     return Base(model.eval(), key, result)
@@ -94,7 +95,7 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     settings = to_json(config)
     shared = {k: v for k, v in settings["prune"].items() if k not in ("methods", "method_options", "ratios", "seeds")}
     key = digest("entry", base.key, shared, settings["prune"]["method_options"].get(method), settings["finetune"], method, ratio, seed)
-    done = job.dist.broadcast(job.folder.result(name, key) if job.dist.is_main else None)
+    done = share(job.dist, job.folder.result(name, key) if job.dist.is_main else None)
     if done is not None:
         if job.dist.is_main:
             _clean(job.folder.stage(name))
@@ -106,9 +107,9 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     model, plan, info = _read_cut(job, folder / CUT)
     job.log(f"{name}: {info['params']:,} parameters, {info['macs']:,} MACs, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     history = fit(model, job.data, config.finetune, batch_size=config.data.batch_size, seed=seed, teacher=base.model if config.finetune.distill else None,
-                  checkpoint=folder / "checkpoint", log=job.log, distributed=job.dist) if config.finetune.epochs else []
+                  checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist) if config.finetune.epochs else []
     accuracy = evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"] if history else info["accuracy_oneshot"]
-    result = {**info, "name": name, "method": method, "ratio": ratio, "seed": seed, "accuracy": accuracy, "history": list(history),
+    result = {**info, "name": name, "key": key, "method": method, "ratio": ratio, "seed": seed, "accuracy": accuracy, "history": list(history),
               "seconds": info["seconds"] + sum(epoch["seconds"] for epoch in history)}
     if job.dist.is_main:
         save(model, plan, folder, entry=name)
@@ -155,7 +156,7 @@ def _cut(job: Job, base: Base, method: str, ratio: float, seed: int, folder: Pat
         images = job.data.calibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(seed))
         recalibrate(model, images)
     seconds = score_seconds + time.perf_counter() - started
-    row, changed = _effect(base.model, model, job.prepared.example.to(job.device))
+    row, changed = _effect(base.model, model, job.prepared.example.to(job.dist.device))
     info = {**row, "widths": changed, "pinned": dict(job.prepared.graph.pinned), "coverage": list(job.prepared.graph.coverage()), "seconds": seconds,
             "accuracy_oneshot": evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"]}
     save(model, plan, folder, info=info)
@@ -163,21 +164,25 @@ def _cut(job: Job, base: Base, method: str, ratio: float, seed: int, folder: Pat
 
 def _read_cut(job: Job, folder: Path) -> tuple[nn.Module, Plan, dict[str, Any]]:
     """The network after surgery as every process starts to fine-tune it."""
-    packed = None
-    if job.dist.is_main:
-        packed = (read_json(folder / "plan.json"), (folder / WEIGHTS).read_bytes(), read_json(folder / "model.json")["info"])
-    plan_json, content, info = job.dist.broadcast(packed)
+    files = [(folder / name).read_bytes() if job.dist.is_main else None for name in (WEIGHTS, PLAN, NETWORK)]
+    content, plan_text, network_text = (job.dist.share_bytes(file) for file in files)
+    plan_json, info = json.loads(plan_text), json.loads(network_text)["info"]
     plan = Plan.from_json(plan_json)
     model = copy.deepcopy(job.prepared.model)
     apply_plan(model, plan)
     read_weights(model, content, str(folder / WEIGHTS))
-    return model.to(job.device), plan, info
+    return model.to(job.dist.device), plan, info
 
 
 def _clean(folder: Path) -> None:
     """What a complete stage needs no more; runs after the stage is marked, so that a kill in between loses nothing."""
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     shutil.rmtree(folder / CUT, ignore_errors=True)
+
+
+def share(dist: Dist, value: Any) -> Any:
+    """The JSON value of rank 0, on every process."""
+    return json.loads(dist.share_bytes(json.dumps(value).encode() if dist.is_main else None))
 
 
 def state_hash(model: nn.Module) -> str:
