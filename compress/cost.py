@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import UserError
-from compress.undisturbed import arguments, undisturbed
+from compress.undisturbed import arguments, differentiable, undisturbed
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _run(model: nn.Module, inputs: tuple) -> tuple[dict[str, int], dict[str, int
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave(name, not any(True for _ in module.children()))))
         with undisturbed(model), _countable(), counter:
-            model(*inputs)
+            model(*differentiable(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @contextlib.contextmanager
@@ -26,7 +28,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in flags:
             module.training = training
         for parameter, value in needs_grad:
-            parameter.requires_grad_(value)
+            if parameter.requires_grad != value:
+                parameter.requires_grad_(value)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 if buffer is not None and not _same(buffer, value):
@@ -34,10 +37,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.device.type == "meta" or torch.equal(a, b))
 
 
-def arguments(inputs: torch.Tensor | tuple) -> tuple:
+def arguments(inputs: Tensor | tuple) -> tuple:
     """The positional arguments that `inputs` stands for: a tuple is unpacked, a tensor never."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def differentiable(tree: Any) -> Any:
+    """`tree` with tensors made in inference mode replaced by copies that autograd accepts; to be called outside that mode."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, tree)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.criteria.base import slices, tensors
 from compress.errors import UserError
-from compress.undisturbed import arguments, undisturbed
+from compress.undisturbed import arguments, differentiable, undisturbed
 
 
 def batch_products(model: nn.Module, chosen: dict[str, list[Any]], batches: Iterable[tuple[Any, Any]],
@@ -34,7 +34,7 @@ def batch_products(model: nn.Module, chosen: dict[str, list[Any]], batches: Iter
             parameter.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
-        for inputs, targets in batches:
+        for inputs, targets in map(differentiable, batches):
             loss = loss_fn(model(*arguments(inputs)), targets)
             check_scalar(loss)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)

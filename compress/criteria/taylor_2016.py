@@ -29,10 +29,11 @@ from compress.criteria import CRITERIA
 from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate, normalize, prunable
 from compress.criteria.linearize import check_scalar, samples
 from compress.errors import UserError
-from compress.undisturbed import arguments, undisturbed
+from compress.undisturbed import arguments, differentiable, undisturbed
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAST = (nn.Linear, nn.LayerNorm)
 
 
@@ -76,7 +77,7 @@ class Taylor2016(Criterion):
         with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), _gated(sites):
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
-            for inputs, targets in batches:
+            for inputs, targets in map(differentiable, batches):
                 count = samples(inputs)
                 total += count
                 for key, gradient in _gradients(model, sites, arguments(inputs), targets, loss_fn).items():
@@ -99,7 +100,14 @@ def _sites(group: Any, modules: dict[str, nn.Module], site: str) -> list[tuple[A
     if norms and site == "norm":
         return norms
     return [(m, modules[m.parameter]) for m in group.members
-            if m.role == "out" and m.dim == 0 and isinstance(modules.get(m.parameter), (*_CONVS, nn.Linear))]
+            if m.role == "out" and _carries(modules.get(m.parameter), m.dim)]
+
+
+def _carries(module: nn.Module | None, dim: int) -> bool:
+    """Whether index i of the weight's dimension `dim` is channel i of the module's output."""
+    if isinstance(module, _TRANSPOSED):
+        return dim == 1 and module.groups == 1
+    return dim == 0 and isinstance(module, (*_CONVS, nn.Linear))
 
 
 def _gradients(model: nn.Module, sites: dict[int, Site], inputs: tuple, targets: Any, loss_fn: Any) -> dict[int, Tensor]:

@@ -63,6 +63,26 @@ def test_attention(kind, frozen):
         assert count(model, inputs).macs == macs
 
 
+class Shortcut(nn.Module):
+    """Stands for modules that take a fused path, which no counter sees, wherever gradients are off or the backend has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 4), None
+
+    def forward(self, x):
+        self.seen = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.backends.cuda.flash_sdp_enabled(), self.training
+        return self.linear(x)
+
+
+def test_no_fused_path_is_open_while_counting():
+    model = Shortcut()
+    with torch.inference_mode():
+        count(model, torch.zeros(1, 4))
+    assert model.seen == (True, False, False, False)
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def resnet_formula(layers, bottleneck):
     """MACs and parameters of an ImageNet ResNet at 224 pixels from its definition (stride in the 3x3 convolution)."""
     side, channels = 112, 64

@@ -104,10 +104,10 @@ def test_peak_memory_of_a_chain_and_of_a_kept_residual():
 
 
 def test_peak_memory_counts_views_in_place_results_and_tied_weights_once():
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 8, bias=False))
-    model[3].weight = model[0].weight
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 8, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 8, bias=False))
+    model[4].weight = model[1].weight
     model.train()
-    assert peak_memory(model, torch.zeros(5, 8)) == 4 * (64 + 40 + 2 * 40)
+    assert peak_memory(model, torch.zeros(5, 2, 4)) == 4 * (64 + 40 + 2 * 40)
     assert model.training
 
 

@@ -132,12 +132,23 @@ def test_rounding_overshoots_by_no_more_than_one_block():
         assert ratio <= removed_fraction(graph, removed, "params") <= ratio + 0.02
 
 
-def test_a_channel_larger_than_the_tolerance_is_passed_over():
-    # The lowest score sits in a group whose channels are 4 % of the network each; only narrow channels can land inside 1 %.
+@pytest.mark.parametrize("channels", [3, 8, 12])
+def test_a_channel_larger_than_the_tolerance_is_passed_over(channels):
+    # The lowest scores sit in a group whose channels are 4 % of the network each, and the budget lies half-way between two of them.
     graph = Chain([4, 20, 1000, 50], areas=[2000, 1, 1])
-    scores = {"g1": torch.zeros(20), "g2": torch.arange(1.0, 1001.0)}
-    removed = allocate(graph, scores, {"macs": 0.5})
-    assert abs(removed_fraction(graph, removed, "macs") - 0.5) <= 0.01
+    scores = {"g1": torch.arange(20.0), "g2": torch.arange(100.0, 1100.0)}
+    below, above = (removed_fraction(graph, {"g1": torch.arange(n)}, "macs") for n in (channels, channels + 1))
+    ratio = (below + above) / 2
+    assert above - below > 0.03
+    removed = allocate(graph, scores, {"macs": ratio})
+    assert abs(removed_fraction(graph, removed, "macs") - ratio) <= 0.01
+    assert removed["g1"].tolist() == list(range(channels)) and removed["g2"].tolist() == list(range(len(removed["g2"])))
+
+
+def test_where_every_channel_is_too_large_the_budget_is_exceeded_rather_than_missed():
+    graph = Chain([10, 4, 10])
+    removed = allocate(graph, {"g1": torch.arange(4.0)}, {"params": 0.3})
+    assert removed_fraction(graph, removed, "params") == 0.5
 
 
 def test_equal_scores_spread_over_the_groups_and_take_the_first_channels():

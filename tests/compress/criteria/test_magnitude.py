@@ -80,18 +80,18 @@ def test_scaling_a_layer_changes_nothing_after_normalisation(name):
     assert all(torch.allclose(before[group], after[group], rtol=1e-12) for group in before)
 
 
-def test_geometric_median_ignores_a_common_offset_and_finds_the_duplicate():
+def test_geometric_median_finds_the_duplicate():
     weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [9.0, 9.0]], dtype=torch.float64)
     layer = CRITERIA["geometric_median"].layer
     assert layer(weight).tolist() == pytest.approx([2 + math.hypot(9, 9), 1 + math.hypot(8, 9), 1 + math.hypot(8, 9),
                                                     math.hypot(9, 9) + 2 * math.hypot(8, 9)])
-    assert torch.allclose(layer(weight + 1e6), layer(weight), rtol=1e-6)
 
 
-def test_geometric_median_in_blocks_equals_one_block():
+def test_geometric_median_in_blocks_and_far_from_the_origin():
     rows = torch.randn(300, 3, dtype=torch.float64)
     expected = (rows[:, None] - rows[None]).norm(dim=2).sum(1)
-    assert torch.allclose(CRITERIA["geometric_median"].layer(rows), expected, rtol=1e-6)
+    assert torch.allclose(CRITERIA["geometric_median"].layer(rows), expected, rtol=1e-7)
+    assert torch.allclose(CRITERIA["geometric_median"].layer(rows + 1e6), expected, rtol=1e-7)
 
 
 def test_random_is_reproducible_and_leaves_the_global_generator_alone():
@@ -155,4 +155,4 @@ def test_a_member_with_several_indices_per_channel_is_one_slice():
     weight = torch.nn.Linear(2, 6, bias=False).double()
     graph = Graph([Group("weight", 3, [Member("weight", 0, torch.tensor([[0, 3], [1, 4], [2, 5]]), "out")])])
     scores = CRITERIA["l1"].score(graph, weight, normalize="none")
-    assert scores["weight"].tolist() == pytest.approx([float(weight.weight[[c, c + 3]].abs().sum()) for c in range(3)])
+    assert scores["weight"].tolist() == pytest.approx([float(weight.weight[[c, c + 3]].detach().abs().sum()) for c in range(3)])

@@ -36,13 +36,13 @@ def test_products_are_the_first_order_change_of_the_loss(kind):
         assert count == 4
         for channel in range(group.size):
             up, down = (cross_entropy(scaled(net, members, channel, 1 + t)(x), y) for t in (step, -step))
-            assert float(products[group.name][channel]) == pytest.approx(float(up - down) / (2 * step), abs=1e-9)
+            assert float(products[group.name][channel]) == pytest.approx((up - down).item() / (2 * step), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_removing_a_readers_slice_changes_the_loss_by_minus_the_product_to_first_order(kind):
+def test_removing_slices_changes_the_loss_by_minus_the_product_to_first_order(kind):
     # Shrinking the slices makes the remainder quadratically small: product + change = O(size^2).
-    net, (x, y) = make_net(), make_batches()[0]
+    net, (x, y) = make_net().requires_grad_(False), make_batches()[0]
     group = make_graph().groups[1]
     members = [m for m in group.members if m.role == KINDS[kind]]
     remainders = []
@@ -71,7 +71,7 @@ def test_taylor_fo_equals_loops_over_batches(kind):
                 for member in members:
                     weight = clone.get_parameter(member.parameter)
                     for index in member.indices[channel]:
-                        product += float((weight.grad * weight).select(member.dim, int(index)).sum())
+                        product += (weight.grad * weight).select(member.dim, int(index)).sum().item()
                 expected[channel] += len(x) * product**2
         assert scores[group.name].tolist() == pytest.approx([v / total for v in expected], rel=1e-9)
 
@@ -181,6 +181,15 @@ def test_frozen_parameters_score_like_trained_ones(name):
 
 
 @pytest.mark.parametrize("name", ["taylor_2016", "taylor_fo"])
+def test_data_made_in_inference_mode_scores_the_same(name):
+    expected = CRITERIA[name].score(make_graph(), make_net(), make_batches(), cross_entropy)
+    net = make_net()
+    with torch.inference_mode():
+        scores = CRITERIA[name].score(make_graph(), net, make_batches(), cross_entropy)
+    assert all(torch.equal(scores[group], expected[group]) for group in scores)
+
+
+@pytest.mark.parametrize("name", ["taylor_2016", "taylor_fo"])
 def test_faults_are_one_sentence(name):
     score = CRITERIA[name].score
     poisoned = [(x * float("nan"), y) for x, y in make_batches()]
@@ -230,3 +239,28 @@ def test_windows_in_the_batch_and_repeated_calls():
             handle.remove()
             expected += sum((z * z.grad).sum((0, 1)) for z in kept).abs() / (2 * 36) / 5
     assert torch.allclose(scores["conv1.weight"], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layer, shape", [(nn.ConvTranspose2d(3, 4, 2, stride=2), (2, 3, 6, 6)), (nn.Conv1d(3, 4, 3), (2, 3, 6)),
+                                          (nn.Linear(3, 4), (2, 5, 3))])
+def test_every_kind_of_producer_is_measured_at_its_channel_axis(layer, shape):
+    model, axis = layer.double(), -1 if isinstance(layer, nn.Linear) else 1
+    graph, x = make_graph(), torch.randn(shape, dtype=torch.float64)
+    graph.groups = graph.groups[:1]
+    graph.groups[0].members = [m for m in graph.groups[0].members if m.parameter == "conv1.weight"]
+    graph.groups[0].members[0].parameter, graph.groups[0].members[0].dim = "weight", int(isinstance(layer, nn.ConvTranspose2d))
+    scores = CRITERIA["taylor_2016"].score(graph, model, [(x, None)], lambda out, y: (out**3).flatten(1).sum(1).mean(), normalize="none")
+    z = model(x).detach().movedim(axis, 1).flatten(2)
+    assert torch.allclose(scores["conv1.weight"], (3 * z**3).mean(2).abs().mean(0), rtol=1e-9)
+
+
+def test_a_channel_with_several_feature_maps_is_their_signed_mean():
+    model, graph, x = nn.Linear(3, 4).double(), make_graph(), torch.randn(2, 5, 3, dtype=torch.float64)
+    graph.groups = graph.groups[:1]
+    graph.groups[0].size = 2
+    graph.groups[0].members = graph.groups[0].members[:1]
+    graph.groups[0].members[0].parameter, graph.groups[0].members[0].indices = "weight", torch.tensor([[0, 3], [2, 1]])
+    scores = CRITERIA["taylor_2016"].score(graph, model, [(x, None)], lambda out, y: (out**3).flatten(1).sum(1).mean(), normalize="none")
+    z = model(x).detach()
+    expected = [(3 * z[:, :, pair] ** 3).mean((1, 2)).abs().mean().item() for pair in ([0, 3], [2, 1])]
+    assert scores["conv1.weight"].tolist() == pytest.approx(expected, rel=1e-9)
