@@ -30,14 +30,14 @@ def without_bias(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 class PositiveFlow(TorchFunctionMode):
-    """Runs a network without biases and with BatchNorm as a positive scale; `unit_scale` makes that scale 1.
+    """Runs a network without biases and with BatchNorm as a positive scale; `unit_variance` makes that scale |gamma|.
 
     The original function is called for everything else.
     """
 
-    def __init__(self, unit_scale: bool = False) -> None:
+    def __init__(self, unit_variance: bool = False) -> None:
         super().__init__()
-        self.unit_scale = unit_scale
+        self.unit_variance = unit_variance
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -64,10 +64,8 @@ class PositiveFlow(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         """x * |gamma| / sqrt(var + eps), with the arguments of `torch.nn.functional.batch_norm`."""
-        if self.unit_scale:
-            return x
         factor = torch.ones(x.shape[1], dtype=x.dtype, device=x.device) if weight is None else weight.abs()
-        if running_var is not None:
+        if running_var is not None and not self.unit_variance:
             factor = factor / (running_var + eps).sqrt()
         return x * factor.view(1, -1, *[1] * (x.dim() - 2))
 
