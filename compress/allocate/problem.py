@@ -64,8 +64,8 @@ class Problem:
     def check_reachable(self) -> None:
         """Raise a UserError where no permitted choice of widths meets the budget."""
         if not self.groups:
-            raise UserError(f"No channels of this network may be removed, so a budget of {self.ratio:g} of its {self.quantity} cannot be met"
-                            f"{_reasons(self.graph)}.")
+            raise UserError(f"No channels of this network may be removed, so a budget of {self.ratio:g} of its {self.quantity} "
+                            f"cannot be met{_reasons(self.graph)}.")
         if self.most < self.lower:
             raise UserError(f"A budget that removes {self.ratio:g} of the {self.quantity} cannot be reached: at most "
                             f"{math.floor(self.most * 1e4) / 1e4:g} can be removed with {self.limits}.")

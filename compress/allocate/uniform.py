@@ -1,8 +1,8 @@
 """The same fraction of every group.
 
-Channels leave the groups in the order of the fraction of their group that is gone with half of them, (j - 1/2) / size for the j-th: at any point
-a group of `size` channels has lost a common fraction of them, rounded to a whole channel. Groups at the same fraction go
-in their own order, so that the budget is met to a single channel. Scores only decide which channels of a group go.
+The j-th channel of a group of `size` leaves at the fraction (j - 1/2) / size: at any point every group has lost the same fraction of
+its channels, rounded to a whole channel. Among groups that lose one at the same fraction the earlier group goes first, so that
+the budget is met to a single channel. Scores only decide which channels of a group go.
 """
 
 from __future__ import annotations

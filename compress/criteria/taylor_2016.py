@@ -2,13 +2,13 @@
 
     s_c = E_n | (1 / T) * sum over t of  z_{n,c,t} * dL_n/dz_{n,c,t} |
 
-z: the channel's activation for sample n at position t of T; the absolute value is taken after the mean over positions. L_n is the loss of one
-sample, obtained from the mean loss of a batch of B samples as B dL/dz. Each layer is divided by the L2 norm over its
-channels (option `normalize`), then the layers of a group are averaged.
+z: the channel's activation for sample n at position t of T; the absolute value is taken after the mean over positions. L_n is the
+loss of one sample: its gradient is B dL/dz, with L the mean loss of a batch of B samples. Each layer is divided by the L2 norm over
+its channels (option `normalize`), then the layers of a group are averaged.
 
-Where z is measured (option `site`): behind the group's normalisation layers where it has some ("norm", because the channel that surgery removes
-is what is read there, and zeroing a convolution in front of BatchNorm is something else), else behind the
-convolution or linear layers that produce it; "producer": always behind the latter. ReLU does not change z * dL/dz.
+Where z is measured (option `site`): "norm" behind the group's normalisation layers where it has some (surgery removes what is read
+there, and zeroing a convolution in front of BatchNorm is something else), else behind the convolution or linear layers that
+produce it; "producer": always behind the latter. ReLU does not change z * dL/dz.
 
 Each site's output is multiplied by a gate of ones [samples, channels]: its gradient is the sum over positions, also where the
 output is changed in place afterwards or the layer runs several times.
@@ -41,7 +41,8 @@ class Taylor2016Options(LayerOptions):
     """Options of `taylor_2016`."""
 
     normalize: Normalize = Field("l2", description="divide each layer's scores by this, before members are combined")
-    site: Literal["norm", "producer"] = Field("norm", description="where activations are measured: behind normalisation, or behind the weights")
+    site: Literal["norm", "producer"] = Field(
+        "norm", description="where activations are measured: behind normalisation, or behind the weights")
 
 
 @dataclass

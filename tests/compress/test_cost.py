@@ -103,7 +103,8 @@ def resnet_formula(layers, bottleneck):
     return macs + channels * 1000, params + channels * 1000 + 1000
 
 
-@pytest.mark.parametrize("name, layers, bottleneck, published", [("resnet18", [2, 2, 2, 2], False, 1.814), ("resnet50", [3, 4, 6, 3], True, 4.089)])
+@pytest.mark.parametrize("name, layers, bottleneck, published", [
+    ("resnet18", [2, 2, 2, 2], False, 1.814), ("resnet50", [3, 4, 6, 3], True, 4.089)])
 def test_torchvision_resnet(name, layers, bottleneck, published):
     import torchvision
 

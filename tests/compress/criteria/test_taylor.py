@@ -1,4 +1,4 @@
-"""Oracle: finite differences of the loss, sample-by-sample loops with `backward`, and the identity of a gate behind BatchNorm with its readers."""
+"""Oracle: finite differences of the loss, loops over samples with `backward`, and the identity of a gate behind BatchNorm with its readers."""
 
 from __future__ import annotations
 
@@ -91,13 +91,14 @@ def by_samples(net, batches, where):
         for x, y in zip(images, labels):
             clone, kept = copy.deepcopy(net).eval(), {}
             for name in where:
-                clone.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: kept.__setitem__(name, out) or out.retain_grad())
+                clone.get_submodule(name).register_forward_hook(
+                    lambda m, i, out, name=name: kept.__setitem__(name, out) or out.retain_grad())
             cross_entropy(clone(x[None]), y[None]).backward()
             total += 1
             for name, z in kept.items():
                 for channel in range(z.shape[1]):
                     value = (z * z.grad)[0, channel].mean().abs()
-                    sums.setdefault(name, [0.0] * z.shape[1])[channel] += float(value)
+                    sums.setdefault(name, [0.0] * z.shape[1])[channel] += value.item()
     return {name: [v / total for v in values] for name, values in sums.items()}
 
 
@@ -176,7 +177,8 @@ def test_the_model_is_left_as_it_was(name, fails):
 
 @pytest.mark.parametrize("name", ["taylor_2016", "taylor_fo"])
 def test_frozen_parameters_score_like_trained_ones(name):
-    scores = [CRITERIA[name].score(make_graph(), net, make_batches(), cross_entropy) for net in (make_net(), make_net().requires_grad_(False))]
+    nets = make_net(), make_net().requires_grad_(False)
+    scores = [CRITERIA[name].score(make_graph(), net, make_batches(), cross_entropy) for net in nets]
     assert all(torch.equal(scores[0][group], scores[1][group]) for group in scores[0])
 
 
