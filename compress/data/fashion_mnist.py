@@ -64,7 +64,7 @@ class FashionMnist:
         counts = torch.bincount(labels, minlength=_CLASSES)
         if len(counts) != _CLASSES or not bool((counts == len(labels) // _CLASSES).all()):
             share = len(labels) // _CLASSES
-            raise UserError(f"The labels in {folder} are damaged: each of {_CLASSES} classes should have {share} images; download it again.")
+            raise UserError(f"The labels in {folder} are damaged: each of {_CLASSES} classes should have {share} images; download them.")
         return images, labels
 
 
