@@ -1,0 +1,93 @@
+"""Tries the groups before anybody relies on them.
+
+A shape that stands in the program (`view(b, 64, -1)`, an assertion on a stored width) shows as an error when a network without numbers
+is cut and run; a constant that changes the meaning silently (`y[:, :8]`) shows when real numbers are compared. The first check costs one
+run on the meta device for all groups together, the second is made only for groups that went through a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compress.graph.channel_graph import ChannelGraph
+from compress.graph.copies import quiet, real_copy
+from compress.graph.groups import ChannelGroup
+from compress.graph.verify import Verdict, one_line
+from compress.surgery import apply_prune
+
+
+def failing(groups: list[ChannelGroup], fits: Callable[[list[ChannelGroup]], Verdict], verdicts: dict[ChannelGroup, Verdict],
+            base: list[ChannelGroup] | None = None) -> list[ChannelGroup]:
+    """Bisects: fills `verdicts` with the groups that cannot be cut (beside those in `base`), and returns those that can."""
+    base = [] if base is None else base
+    verdict = fits(base + groups)
+    if verdict:
+        return base + groups
+    if len(groups) == 1:
+        verdicts[groups[0]] = verdict
+        return base
+    half = len(groups) // 2
+    return failing(groups[half:], fits, verdicts, failing(groups[:half], fits, verdicts, base))
+
+
+def sample(groups: Iterable[ChannelGroup]) -> dict[ChannelGroup, Any]:
+    """About 40 % of every group's channels, the same at every call; at least one goes and one stays."""
+    rng = np.random.default_rng(0)
+    return {g: torch.from_numpy(np.sort(rng.choice(g.size, min(g.size - 1, max(1, round(0.4 * g.size))), replace=False))) for g in groups}
+
+
+class LastOperator(TorchDispatchMode):
+    """Remembers the operator that was called last, to name it when it fails."""
+
+    name = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.name = f"aten.{func._schema.name.split('::')[1]}"
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of(model: nn.Module, inputs: tuple) -> list[torch.Size]:
+    """The shapes of the outputs."""
+    with quiet():
+        return [leaf.shape for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, torch.Tensor)]
+
+
+def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> dict[ChannelGroup, Verdict]:
+    """Groups whose removal makes `model` (a copy, on the meta device where possible) fail or change its output shapes."""
+    expected = shapes_of(model, inputs)
+    removals = sample(group for group in graph.groups if group.prunable)
+
+    def fits(groups: list[ChannelGroup]) -> Verdict:
+        undo = apply_prune(model, graph.step({group: removals[group] for group in groups}))
+        last = LastOperator()
+        try:
+            with last:
+                got = shapes_of(model, inputs)
+        except Exception as error:
+            return Verdict(float("inf"), None, f"{last.name} does not follow: {one_line(error)}")
+        finally:
+            undo()
+        return Verdict(0.0, None, "" if got == expected else "the output would change its shape")
+
+    verdicts: dict[ChannelGroup, Verdict] = {}
+    if removals:
+        failing(list(removals), fits, verdicts)
+    return verdicts
+
+
+def probe_values(graph: ChannelGraph, model: nn.Module) -> dict[ChannelGroup, Verdict]:
+    """Groups that went through a guess and whose removal changes more than the removed channels; `model` stays as it is."""
+    guessed = [graph.component_of(assumption.atoms) for assumption in graph.assumptions]
+    touched = np.unique(np.concatenate(guessed)) if guessed else np.zeros(0, np.int64)
+    removals = sample(group for group in graph.groups if group.prunable and np.isin(group.components, touched).any())
+    verdicts: dict[ChannelGroup, Verdict] = {}
+    if removals:
+        failing(list(removals), lambda groups: graph.attempt(real_copy(model), {g: removals[g] for g in groups})[0], verdicts)
+    return verdicts
