@@ -33,6 +33,7 @@ from compress.errors import RunError, UserError
 from compress.undisturbed import arguments, undisturbed
 
 MIN_VALUES = 5
+TURNS = 10
 _WARM_UP = 3
 
 
@@ -70,8 +71,11 @@ def latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3, threads
     ------
     UserError: an unknown mode, or "graph" on a CPU. RunError: a network that cannot be captured in a CUDA graph.
     """
-    with prepared(model, example_inputs, threads, mode) as block:
-        return _summary(_repeat(block, seconds))
+    with prepared(model, example_inputs, threads, mode) as measure:
+        values = measure(seconds)
+        while len(values) < MIN_VALUES:
+            values += measure(0.0)
+    return _summary(values)
 
 
 def latencies(model: nn.Module, example_inputs: Any, seconds: float = 0.3, threads: int | None = None) -> dict[str, Latency]:
@@ -87,29 +91,26 @@ def compare(models: dict[str, nn.Module], example_inputs: Any, seconds: float = 
             mode: str = "eager") -> dict[str, Comparison]:
     """Time several networks in turns, so that a machine that slows down slows all of them.
 
-    One round takes one block of each; a speedup is formed within a round, and its median and percentiles are over rounds. The first network
-    is the reference. `seconds` is the shortest time per network.
+    Each network gets ten turns of a tenth of `seconds`. A speedup is formed within a turn from the medians of both networks, and its
+    median and percentiles are over turns; a latency is over all values. The first network is the reference.
     """
     if not models:
         return {}
     with contextlib.ExitStack() as stack:
-        blocks = {name: stack.enter_context(prepared(model, example_inputs, threads, mode)) for name, model in models.items()}
-        times: dict[str, list[float]] = {name: [] for name in models}
-        end = time.perf_counter() + seconds * len(models)
-        while time.perf_counter() < end or len(next(iter(times.values()))) < MIN_VALUES:
-            for name, block in blocks.items():
-                times[name].append(statistics.median(block()))
-    first = next(iter(times.values()))
+        measures = {name: stack.enter_context(prepared(model, example_inputs, threads, mode)) for name, model in models.items()}
+        turns = [{name: measure(seconds / TURNS) for name, measure in measures.items()} for _ in range(TURNS)]
+    first = next(iter(models))
     result = {}
-    for name, values in times.items():
-        ratios = [reference / value for reference, value in zip(first, values)]
+    for name in models:
+        ratios = [statistics.median(turn[first]) / statistics.median(turn[name]) for turn in turns]
+        values = [value for turn in turns for value in turn[name]]
         result[name] = Comparison(_summary(values), statistics.median(ratios), quantile(ratios, 0.1), quantile(ratios, 0.9))
     return result
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, example_inputs: Any, threads: int | None, mode: str) -> Iterator[Callable[[], list[float]]]:
-    """A function that times one block of runs and returns seconds per run, one value or more."""
+def prepared(model: nn.Module, example_inputs: Any, threads: int | None, mode: str) -> Iterator[Callable[[float], list[float]]]:
+    """A function that measures for so many seconds (at least once) and returns the values, in seconds per run."""
     inputs = arguments(example_inputs)
     cuda = _on_cuda(inputs)
     if mode not in ("eager", "graph") or (mode == "graph" and not cuda):
@@ -122,32 +123,32 @@ def prepared(model: nn.Module, example_inputs: Any, threads: int | None, mode: s
             for _ in range(_WARM_UP):
                 model(*inputs)
             if not cuda:
-                yield _cpu_block(model, inputs, threads or before)
+                yield _cpu(model, inputs, threads or before)
             elif mode == "eager":
-                yield _cuda_eager_block(model, inputs)
+                yield _cuda_eager(model, inputs)
             else:
-                yield _cuda_graph_block(model, inputs)
+                yield _cuda_graph(model, inputs)
     finally:
         torch.set_num_threads(before)
 
 
-def _cpu_block(model: nn.Module, inputs: tuple, threads: int) -> Callable[[], list[float]]:
+def _cpu(model: nn.Module, inputs: tuple, threads: int) -> Callable[[float], list[float]]:
     timer = Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
-    return lambda: list(timer.blocked_autorange(min_run_time=0.01).times)
+    return lambda seconds: list(timer.blocked_autorange(min_run_time=seconds).times)
 
 
-def _cuda_eager_block(model: nn.Module, inputs: tuple) -> Callable[[], list[float]]:
-    def block() -> list[float]:
+def _cuda_eager(model: nn.Module, inputs: tuple) -> Callable[[float], list[float]]:
+    def once() -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         model(*inputs)
         torch.cuda.synchronize()
-        return [time.perf_counter() - start]
+        return time.perf_counter() - start
 
-    return block
+    return lambda seconds: _repeat(once, seconds)
 
 
-def _cuda_graph_block(model: nn.Module, inputs: tuple) -> Callable[[], list[float]]:
+def _cuda_graph(model: nn.Module, inputs: tuple) -> Callable[[float], list[float]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -163,22 +164,22 @@ def _cuda_graph_block(model: nn.Module, inputs: tuple) -> Callable[[], list[floa
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     # `output` keeps the captured memory alive for as long as the graph is replayed.
-    def block(held: Any = output) -> list[float]:
+    def once(held: Any = output) -> float:
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        return [start.elapsed_time(end) / 1e3]
+        return start.elapsed_time(end) / 1e3
 
-    block()
-    return block
+    once()
+    return lambda seconds: _repeat(once, seconds)
 
 
-def _repeat(block: Callable[[], list[float]], seconds: float) -> list[float]:
-    values: list[float] = []
+def _repeat(once: Callable[[], float], seconds: float) -> list[float]:
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(values) < MIN_VALUES:
-        values += block()
+    values = [once()]
+    while time.perf_counter() < end:
+        values.append(once())
     return values
 
 
