@@ -7,9 +7,11 @@ too, so that stale momentum cannot move a pruned weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compress.errors import UserError
 from compress.masks.scope import select_parameters
@@ -110,6 +112,21 @@ class Masks:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.mul_(mask)
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Within it, `after_step` follows every step of any optimizer that trains a masked parameter (a training loop of any kind)."""
+        own = {id(self.parameter(name)) for name in self.names}
+
+        def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+                self.after_step(optimizer)
+
+        handle = register_optimizer_step_post_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def make_permanent(self) -> None:
         """Zero the pruned weights and drop the mask buffers; the network is then an ordinary one with zeros in it."""

@@ -74,6 +74,32 @@ def test_no_resurrection_and_masked_momentum(optimizer):
         assert moments and all(bool((value[~mask] == 0).all()) and bool(value[mask].any()) for value in moments)
 
 
+def test_enforced_within_its_block_only():
+    generator = torch.Generator().manual_seed(1)
+    model, stranger = small().train(), nn.Linear(2, 2)
+    masks = Masks.attach(model)
+    prune(masks, "magnitude", 0.3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    other = torch.optim.SGD(stranger.parameters(), 0.1)
+    (x, y), *_ = data(generator)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        stranger(torch.ones(2)).sum().backward()
+        other.step()
+
+    with masks.enforced():
+        step()
+        step()
+    for name, mask in masks.items():
+        assert bool((masks.parameter(name)[~mask] == 0).all())
+        assert bool((optimizer.state[masks.parameter(name)]["momentum_buffer"][~mask] == 0).all())
+    step()
+    assert any(bool((masks.parameter(name)[~mask] != 0).any()) for name, mask in masks.items())
+
+
 def test_masks_are_buffers_and_survive_copies():
     model = small()
     masks = Masks.attach(model, "conv")
