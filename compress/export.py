@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from .errors import RunError, UserError
-from .report.results import write_atomically
+from .files import write_bytes
 
 TOLERANCE = 1e-3
 # Protocol buffers hold less than 2 GiB; the graph itself needs some of it.
 LARGEST_SINGLE_FILE = 1_900_000_000
 
 
-def to_exported_program(model: nn.Module, example_inputs: Tensor | tuple, dynamic_batch: bool = True, check: bool = True) -> ExportedProgram:
+def to_exported_program(
+    model: nn.Module, example_inputs: Tensor | tuple, dynamic_batch: bool = True, check: bool = True
+) -> ExportedProgram:
     """Export `model` as it runs in evaluation mode.
 
     `example_inputs` is a tensor [n, ...] or a tuple of positional arguments. UserError: the network cannot be exported (its forward depends
@@ -42,8 +44,10 @@ def to_exported_program(model: nn.Module, example_inputs: Tensor | tuple, dynami
                 warnings.simplefilter("ignore")
                 program = torch.export.export(model, example, dynamic_shapes=shapes)
         except Exception as error:
-            raise UserError(f"torch.export cannot export {type(model).__name__}{' with a free batch size' if dynamic_batch else ''}: "
-                            f"{_first_line(error)}; try dynamic_batch=False or a forward without value-dependent branches.") from error
+            raise UserError(
+                f"torch.export cannot export {type(model).__name__}{' with a free batch size' if dynamic_batch else ''}: "
+                f"{_first_line(error)}; try dynamic_batch=False or a forward without value-dependent branches."
+            ) from error
         if check:
             module = program.module()
             _compare(model, lambda args: module(*args), _cases(inputs, dynamic_batch), "the exported program")
@@ -54,15 +58,17 @@ def save_exported(model: nn.Module, example_inputs: Tensor | tuple, path: Path |
     """Write the exported program to `path` (.pt2) for `torch.export.load`; the file is complete or not there. Errors as above."""
     buffer = io.BytesIO()
     torch.export.save(to_exported_program(model, example_inputs, dynamic_batch), buffer)
-    write_atomically(Path(path), buffer.getvalue())
+    write_bytes(Path(path), buffer.getvalue())
     return Path(path)
 
 
-def to_onnx(model: nn.Module, example_inputs: Tensor | tuple, path: Path | str, dynamic_batch: bool = True, check: bool = True) -> float | None:
+def to_onnx(
+    model: nn.Module, example_inputs: Tensor | tuple, path: Path | str, dynamic_batch: bool = True, check: bool = True
+) -> float | None:
     """Write `model` as an ONNX file and return the largest relative difference of onnxruntime's outputs, None without `check`.
 
-    Weights beyond 1.9 GB go to a second file beside it, `<path>.data`. UserError: the extra `export` is not installed, or the network cannot be
-    exported. RunError: the outputs differ by more than 1e-3, relative; the file is then removed.
+    Weights beyond 1.9 GB go to a second file beside it, `<path>.data`. UserError: the extra `export` is not installed, or the network
+    cannot be exported. RunError: the outputs differ by more than 1e-3, relative; the file is then removed.
     """
     _require(["onnx", "onnxscript"] + (["onnxruntime"] if check else []))
     path, inputs = Path(path), _as_tuple(example_inputs)
@@ -78,7 +84,7 @@ def to_onnx(model: nn.Module, example_inputs: Tensor | tuple, path: Path | str, 
     if size > LARGEST_SINGLE_FILE:
         exported.save(str(path), external_data=True)
     else:
-        write_atomically(path, exported.model_proto.SerializeToString())
+        write_bytes(path, exported.model_proto.SerializeToString())
     if not check:
         return None
     try:
@@ -118,7 +124,9 @@ def _compare(model: nn.Module, other: Any, cases: Sequence[tuple], what: str) ->
             try:
                 found = _tensors(other(args))
             except Exception as error:
-                raise RunError(f"{what} of {type(model).__name__} does not run at batch size {_batch(args)}: {_first_line(error)}") from error
+                raise RunError(
+                    f"{what} of {type(model).__name__} does not run at batch size {_batch(args)}: {_first_line(error)}"
+                ) from error
             if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
                 raise RunError(f"{what} of {type(model).__name__} gives outputs of other shapes at batch size {_batch(args)}.")
             for a, b in zip(expected, found):
@@ -126,7 +134,10 @@ def _compare(model: nn.Module, other: Any, cases: Sequence[tuple], what: str) ->
                 difference = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float64).tiny)) if a.numel() else 0.0
                 # A NaN is a difference too.
                 if not difference <= TOLERANCE:
-                    raise RunError(f"{what} of {type(model).__name__} differs from the network by {difference:.3g} (relative) at batch size {_batch(args)}.")
+                    raise RunError(
+                        f"{what} of {type(model).__name__} differs from the network by {difference:.3g} (relative) "
+                        f"at batch size {_batch(args)}."
+                    )
                 worst = max(worst, difference)
     return worst
 
@@ -166,8 +177,10 @@ def _batch(inputs: tuple) -> int:
 def _as_tuple(example_inputs: Any) -> tuple:
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     if not any(isinstance(arg, Tensor) and arg.dim() > 0 and arg.shape[0] > 0 for arg in inputs):
-        raise UserError("export needs example inputs with a tensor [n, ...], n > 0, got "
-                        f"{', '.join(type(arg).__name__ for arg in inputs) or 'nothing'}.")
+        raise UserError(
+            "export needs example inputs with a tensor [n, ...], n > 0, got "
+            f"{', '.join(type(arg).__name__ for arg in inputs) or 'nothing'}."
+        )
     return inputs
 
 
@@ -190,7 +203,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 def _require(packages: Sequence[str]) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"ONNX export needs {', '.join(missing)}; install with: pip install \"compress-toolkit[export]\" (in a checkout: pip install -e \".[export]\").")
+        raise UserError(
+            f'ONNX export needs {", ".join(missing)}; install with: pip install "compress-toolkit[export]" '
+            '(in a checkout: pip install -e ".[export]").'
+        )
 
 
 def _first_line(error: BaseException) -> str:

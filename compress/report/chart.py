@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Row, batch_sizes, entry_name
+from .results import Row, entry_name, timing_label, timings
 from .series import DENSE, QUANTITIES, Point, Series, Value, groups, methods, pareto, series
 
 MASKED_GFLOPS = "Their GFLOPs count products with non-zero weights only, which dense kernels do not save."
@@ -31,7 +31,6 @@ class Chart:
     y_ticks: tuple[float, ...]
     x_limits: tuple[float, float]
     y_limits: tuple[float, float]
-    lines: bool = True
     front: tuple[Point, ...] = ()
     names: tuple[str, ...] = ()
     note: str = ""
@@ -55,7 +54,18 @@ def whole_ticks(low: float, high: float, count: int = 8) -> tuple[float, ...]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
     start = math.ceil(low)
-    return tuple(dict.fromkeys([float(start), *(float(tick) for tick in range(-(-start // step) * step, math.floor(high) + 1, step) if tick - start >= step / 2 or tick == start)]))
+    return tuple(
+        dict.fromkeys(
+            [
+                float(start),
+                *(
+                    float(tick)
+                    for tick in range(-(-start // step) * step, math.floor(high) + 1, step)
+                    if tick - start >= step / 2 or tick == start
+                ),
+            ]
+        )
+    )
 
 
 def tick_text(number: float) -> str:
@@ -63,11 +73,24 @@ def tick_text(number: float) -> str:
     return f"{number:.6g}".replace("-", "\N{MINUS SIGN}")
 
 
-def make(key: str, title: str, x_label: str, y_label: str, found: Sequence[Series], *, x_zero: bool = False, x_end: float | None = None,
-         x_whole: bool = False, y_zero: bool = False, fraction: bool = False, **fields: Any) -> Chart | None:
+def make(
+    key: str,
+    title: str,
+    x_label: str,
+    y_label: str,
+    found: Sequence[Series],
+    *,
+    x_zero: bool = False,
+    x_end: float | None = None,
+    x_whole: bool = False,
+    y_zero: bool = False,
+    fraction: bool = False,
+    **fields: Any,
+) -> Chart | None:
     """A chart around `found`, or None without points.
 
-    `x_zero`, `y_zero`: the axis starts at 0; `x_end`: the x axis ends there; `x_whole`: ticks at whole numbers; `fraction`: y stays in [0, 1].
+    `x_zero`, `y_zero`: the axis starts at 0; `x_end`: the x axis ends there; `x_whole`: ticks at whole numbers; `fraction`: y stays in
+    [0, 1].
     """
     points = [point for one in found for point in one.points]
     if not points:
@@ -85,14 +108,32 @@ def make(key: str, title: str, x_label: str, y_label: str, found: Sequence[Serie
         y_ticks = tuple(tick for tick in y_ticks if 0 <= tick <= 1)
         y_limits = (max(y_limits[0], 0.0), min(y_limits[1], 1.0))
     pad = 0.02 * (x_limits[1] - x_limits[0]) or 0.5
-    return Chart(key, title, x_label, y_label, tuple(found), x_ticks, y_ticks, (x_limits[0] - (0 if x_zero else pad), x_limits[1] + pad), y_limits, **fields)
+    return Chart(
+        key,
+        title,
+        x_label,
+        y_label,
+        tuple(found),
+        x_ticks,
+        y_ticks,
+        (x_limits[0] - (0 if x_zero else pad), x_limits[1] + pad),
+        y_limits,
+        **fields,
+    )
 
 
 def result_charts(rows: Sequence[Row]) -> list[Chart]:
     """Accuracy against GFLOPs, against latency at each batch size, and against the ratio of each budget, before and after fine-tuning."""
     against = [("accuracy_gflops", "Accuracy against GFLOPs", "GFLOPs per image (2 per MAC)", "effective_gflops")]
-    against += [(f"accuracy_latency_b{batch}", f"Accuracy against latency, batch {batch}", f"latency at batch {batch} in ms, median (bar: p10 to p90)",
-                 f"latency:{batch}") for batch in batch_sizes(rows)]
+    against += [
+        (
+            f"accuracy_latency_b{name}",
+            f"Accuracy against latency, {timing_label(name)}",
+            f"latency at {timing_label(name)} in ms, median (bar: p10 to p90)",
+            f"latency:{name}",
+        )
+        for name in timings(rows)
+    ]
     result = []
     for key, title, x_label, x in against:
         found = series(rows, x, "accuracy")
@@ -101,12 +142,25 @@ def result_charts(rows: Sequence[Row]) -> list[Chart]:
         note += MASKED_GFLOPS if key == "accuracy_gflops" and _hollow(found) else ""
         result.append(make(key, title, x_label, "test accuracy", found, x_zero=True, fraction=True, note=note.strip(), front=front))
     for budget in dict.fromkeys(row["budget"] for row in rows if row["method"] != DENSE):
-        for column, key, title in (("accuracy", "accuracy_ratio", "Accuracy against ratio"),
-                                   ("accuracy_oneshot", "oneshot_ratio", "Accuracy before fine-tuning against ratio")):
+        for column, key, title in (
+            ("accuracy", "accuracy_ratio", "Accuracy against ratio"),
+            ("accuracy_oneshot", "oneshot_ratio", "Accuracy before fine-tuning against ratio"),
+        ):
             found = series(rows, "ratio", column, budget)
             if any(one.name != DENSE for one in found):
-                result.append(make(f"{key}_{budget}", f"{title} of {QUANTITIES.get(budget, budget)}", f"fraction of {QUANTITIES.get(budget, budget)} removed (ratio)", "test accuracy", found, x_zero=True, x_end=1.0,
-                                   fraction=True, note=_hollow(found).strip()))
+                result.append(
+                    make(
+                        f"{key}_{budget}",
+                        f"{title} of {QUANTITIES.get(budget, budget)}",
+                        f"fraction of {QUANTITIES.get(budget, budget)} removed (ratio)",
+                        "test accuracy",
+                        found,
+                        x_zero=True,
+                        x_end=1.0,
+                        fraction=True,
+                        note=_hollow(found).strip(),
+                    )
+                )
     return [chart for chart in result if chart is not None]
 
 
@@ -120,11 +174,28 @@ def width_charts(rows: Sequence[Row], details: Mapping[str, Any]) -> list[Chart]
             if not sizes:
                 continue
             names = tuple(name for name, _, _ in sizes)
-            points = tuple(Point(exact(place), exact(product(after) / max(product(before), 1)), f"{name}: {what} {size_text(before)} to {size_text(after)}")
-                           for place, (name, before, after) in enumerate(sizes, 1))
-            found.append(Series(f"ratio {group.ratio:g} of {QUANTITIES.get(group.budget, group.budget)}", points, index, markers=len(points) <= 40))
-        chart = make(f"widths_{method}", f"Kept per layer, {method}", "layer, from input to output", "kept fraction of the width or rank",
-                     found, x_whole=True, y_zero=True, fraction=True, names=names)
+            points = tuple(
+                Point(
+                    exact(place),
+                    exact(product(after) / max(product(before), 1)),
+                    f"{name}: {what} {size_text(before)} to {size_text(after)}",
+                )
+                for place, (name, before, after) in enumerate(sizes, 1)
+            )
+            found.append(
+                Series(f"ratio {group.ratio:g} of {QUANTITIES.get(group.budget, group.budget)}", points, index, markers=len(points) <= 40)
+            )
+        chart = make(
+            f"widths_{method}",
+            f"Kept per layer, {method}",
+            "layer, from input to output",
+            "kept fraction of the width or rank",
+            found,
+            x_whole=True,
+            y_zero=True,
+            fraction=True,
+            names=names,
+        )
         result += [chart] if chart else []
     return result
 
@@ -133,8 +204,11 @@ def history_chart(key: str, title: str, histories: Mapping[str, Sequence[Mapping
     """One line per named history of `column` against the epoch; None without a value."""
     found = []
     for index, (name, history) in enumerate(histories.items()):
-        points = tuple(Point(exact(epoch["epoch"]), exact(epoch[column]), f"{name}, epoch {epoch['epoch']}")
-                       for epoch in history if epoch.get(column) is not None)
+        points = tuple(
+            Point(exact(epoch["epoch"]), exact(epoch[column]), f"{name}, epoch {epoch['epoch']}")
+            for epoch in history
+            if epoch.get(column) is not None
+        )
         if points:
             found.append(Series(name, points, index, markers=len(points) <= 40))
     return make(key, title, "epoch", y_label, found, x_whole=True, fraction="accuracy" in column)
@@ -144,17 +218,37 @@ def training_charts(rows: Sequence[Row], details: Mapping[str, Any]) -> list[Cha
     """Training of the unpruned network, then fine-tuning at each ratio, one line per method (first seed), by validation accuracy."""
     result = []
     base = (details.get(DENSE) or {}).get("history") or []
-    both = [pair for pair in (("training images", "train_accuracy"), ("validation images", "val_accuracy")) if any(e.get(pair[1]) is not None for e in base)]
+    both = [
+        pair
+        for pair in (("training images", "train_accuracy"), ("validation images", "val_accuracy"))
+        if any(e.get(pair[1]) is not None for e in base)
+    ]
     lines = [history_chart("", "", {name: base}, column, "") for name, column in both]
-    found = [Series(name, chart.series[0].points, index, markers=len(base) <= 40) for index, ((name, _), chart) in enumerate(zip(both, lines)) if chart]
+    found = [
+        Series(name, chart.series[0].points, index, markers=len(base) <= 40)
+        for index, ((name, _), chart) in enumerate(zip(both, lines))
+        if chart
+    ]
     result.append(make("training_dense", "Training of the unpruned network", "epoch", "accuracy", found, x_whole=True, fraction=True))
     style = {name: index for index, name in enumerate(methods(rows))}
     for budget, ratio in sorted({(row["budget"], row["ratio"]) for row in rows if row["method"] != DENSE}):
-        histories = {group.method: details.get(entry_name(group.rows[0]), {}).get("history") or [] for group in groups(rows)
-                     if (group.budget, group.ratio) == (budget, ratio) and group.method != DENSE}
-        column = "val_accuracy" if any(epoch.get("val_accuracy") is not None for history in histories.values() for epoch in history) else "train_accuracy"
-        chart = history_chart(f"training_{budget}{ratio:g}", f"Fine-tuning at ratio {ratio:g} of {QUANTITIES.get(budget, budget)}", histories, column,
-                              f"{'validation' if column == 'val_accuracy' else 'training'} accuracy")
+        histories = {
+            group.method: details.get(entry_name(group.rows[0]), {}).get("history") or []
+            for group in groups(rows)
+            if (group.budget, group.ratio) == (budget, ratio) and group.method != DENSE
+        }
+        column = (
+            "val_accuracy"
+            if any(epoch.get("val_accuracy") is not None for history in histories.values() for epoch in history)
+            else "train_accuracy"
+        )
+        chart = history_chart(
+            f"training_{budget}{ratio:g}",
+            f"Fine-tuning at ratio {ratio:g} of {QUANTITIES.get(budget, budget)}",
+            histories,
+            column,
+            f"{'validation' if column == 'val_accuracy' else 'training'} accuracy",
+        )
         if chart:
             found = [Series(one.name, one.points, style[one.name], markers=one.markers) for one in chart.series]
             result.append(make(chart.key, chart.title, chart.x_label, chart.y_label, found, x_whole=True, fraction=True))

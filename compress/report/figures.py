@@ -24,17 +24,39 @@ def draw(chart: Chart) -> Figure:
     axes.set_axisbelow(True)
     axes.grid(color=GRID, linewidth=0.8)
     if len(chart.front) > 1:
-        axes.step([point.x.mean for point in chart.front], [point.y.mean for point in chart.front], where="post", color=FRONT, linewidth=4, alpha=0.5, zorder=1)
+        axes.step(
+            [point.x.mean for point in chart.front],
+            [point.y.mean for point in chart.front],
+            where="post",
+            color=FRONT,
+            linewidth=4,
+            alpha=0.5,
+            zorder=1,
+        )
     for one in chart.series:
         dense = one.style < 0
         colour = INK if dense else PALETTE[one.style % len(PALETTE)]
         x, y = [point.x for point in one.points], [point.y for point in one.points]
-        spread = {f"{axis}err": ([value.mean - value.low for value in values], [value.high - value.mean for value in values])
-                  for axis, values in (("x", x), ("y", y)) if any(value.spread for value in values)}
-        axes.errorbar([value.mean for value in x], [value.mean for value in y], **spread, label=one.name + (" (masked)" if one.hollow else ""),
-                      color=colour, elinewidth=1, linewidth=1.6, linestyle="-" if chart.lines and len(x) > 1 else "none",
-                      marker=("*" if dense else MARKERS[one.style % len(MARKERS)]) if one.markers else "", markersize=12 if dense else 6,
-                      clip_on=False, markerfacecolor="white" if one.hollow else colour, markeredgecolor=colour)
+        spread = {
+            f"{axis}err": ([value.mean - value.low for value in values], [value.high - value.mean for value in values])
+            for axis, values in (("x", x), ("y", y))
+            if any(value.spread for value in values)
+        }
+        axes.errorbar(
+            [value.mean for value in x],
+            [value.mean for value in y],
+            **spread,
+            label=one.name + (" (masked)" if one.hollow else ""),
+            color=colour,
+            elinewidth=1,
+            linewidth=1.6,
+            linestyle="-" if len(x) > 1 else "none",
+            marker=("*" if dense else MARKERS[one.style % len(MARKERS)]) if one.markers else "",
+            markersize=12 if dense else 6,
+            clip_on=False,
+            markerfacecolor="white" if one.hollow else colour,
+            markeredgecolor=colour,
+        )
         if dense and chart.series[0] is not one:
             axes.axhline(y[0].mean, color=INK, linewidth=0.8, linestyle=(0, (4, 4)), zorder=0.9)
     axes.set(xlim=chart.x_limits, ylim=chart.y_limits, xlabel=chart.x_label, ylabel=chart.y_label)

@@ -1,9 +1,10 @@
 """The report: one self-contained HTML page and the figures as PNG files, both made from what results.json holds.
 
 `results["meta"]["details"]` maps an entry's name (`<method>-<budget><ratio>-s<seed>`, or `dense`) to any of: `widths` and `ranks`
-{layer: [before, after]} (a rank may be a list of several), `history` (a list of epochs: epoch, lr, train_loss, train_accuracy, val_loss,
-val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}. Of the other keys
-of `meta`, `name` is the title, `config` the resolved configuration, `data` {split: images}; all the rest is listed as the environment.
+{layer: [before, after]} (a rank may be a list of several), `history` (a list of epochs: epoch, lr, train_loss, train_accuracy,
+val_loss, val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}.
+Of the other keys of `meta`, `config` is the resolved configuration and `data` {split: images}; they and all the rest are listed as the
+environment.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 import jinja2
 
+from ..files import write_bytes, write_text
 from . import chart, svg, tables
-from .results import entry_name, write_atomically
+from .results import entry_name
 from .series import DENSE, QUANTITIES
 from .summary import sentences
 
@@ -26,7 +28,11 @@ Results = Mapping[str, Any]
 def charts(results: Results) -> dict[str, list[chart.Chart]]:
     """All figures by section: results, widths, training."""
     rows, details = results["rows"], results["meta"].get("details") or {}
-    return {"results": chart.result_charts(rows), "widths": chart.width_charts(rows, details), "training": chart.training_charts(rows, details)}
+    return {
+        "results": chart.result_charts(rows),
+        "widths": chart.width_charts(rows, details),
+        "training": chart.training_charts(rows, details),
+    }
 
 
 def write_report(folder: Path | str, results: Results) -> Path:
@@ -42,11 +48,11 @@ def write_report(folder: Path | str, results: Results) -> Path:
     names = set()
     for one in (item for section in drawn.values() for item in section):
         names.add(f"{_file_name(one.key)}.png")
-        write_atomically(folder / "figures" / f"{_file_name(one.key)}.png", png(one))
+        write_bytes(folder / "figures" / f"{_file_name(one.key)}.png", png(one))
     for path in (folder / "figures").glob("*.png"):
         if path.name not in names:
             path.unlink()
-    write_atomically(folder / "report.html", render(results, drawn).encode())
+    write_text(folder / "report.html", render(results, drawn))
     return folder / "report.html"
 
 
@@ -54,16 +60,35 @@ def render(results: Results, drawn: Mapping[str, list[chart.Chart]]) -> str:
     """The page's HTML; every value from the results passes the template's escaping."""
     rows, meta = results["rows"], results["meta"]
     details = meta.get("details") or {}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     model = (meta.get("config") or {}).get("model") or {}
     data = (meta.get("config") or {}).get("data") or {}
-    subtitle = [str(part) for part in (model.get("name") or model.get("import"), data.get("name"), meta.get("device"), meta.get("finished")) if part]
+    machine = meta.get("machine") or {}
+    subtitle = [
+        str(part)
+        for part in (model.get("import") or model.get("name"), data.get("name"), machine.get("device"), meta.get("started"))
+        if part
+    ]
     return environment.get_template("report.html.jinja").render(
-        title=str(meta.get("name") or "Compression report"), subtitle=subtitle, summary=sentences(rows, meta), overview=tables.overview(rows),
-        tables=tables.method_tables(rows), figures={section: [svg.layout(one) for one in items] for section, items in drawn.items()},
-        quantities=QUANTITIES, layers=tables.layer_table(rows, details), networks=_networks(results), pinned=_pinned(details), environment=_flat(meta),
-        config=json.dumps(meta["config"], indent=2, ensure_ascii=False) if meta.get("config") else "")
+        title=(meta.get("config") or {}).get("name") or "Compression report",
+        subtitle=subtitle,
+        summary=sentences(rows, meta),
+        overview=tables.overview(rows),
+        tables=tables.method_tables(rows),
+        figures={section: [svg.layout(one) for one in items] for section, items in drawn.items()},
+        quantities=QUANTITIES,
+        layers=tables.layer_table(rows, details),
+        networks=_networks(results),
+        pinned=_pinned(details),
+        environment=_flat(meta),
+        config=json.dumps(meta["config"], indent=2, ensure_ascii=False) if meta.get("config") else "",
+    )
 
 
 def _networks(results: Results) -> list[dict[str, Any]]:
@@ -73,11 +98,26 @@ def _networks(results: Results) -> list[dict[str, Any]]:
     for name in dict.fromkeys(entry_name(row) for row in results["rows"]):
         detail = details.get(name) or {}
         history = detail.get("history") or []
-        curves = [chart.history_chart(f"{name}-{what}", f"{title} per epoch",
-                                      {images: [{"epoch": epoch["epoch"], what: epoch.get(f"{split}_{what}")} for epoch in history]
-                                       for split, images in (("train", "training"), ("val", "validation"))}, what, what) for what, title in (("loss", "Loss"), ("accuracy", "Accuracy"))]
-        shown = {"name": name, "bars": None if name == DENSE else svg.bars(detail), "curves": [svg.layout(one) for one in curves if one],
-                 "verified": _flat(detail.get("verified") or {}), "coverage": [_coverage(line) for line in detail.get("coverage") or []]}
+        curves = [
+            chart.history_chart(
+                f"{name}-{what}",
+                f"{title} per epoch",
+                {
+                    images: [{"epoch": epoch["epoch"], what: epoch.get(f"{split}_{what}")} for epoch in history]
+                    for split, images in (("train", "training"), ("val", "validation"))
+                },
+                what,
+                what,
+            )
+            for what, title in (("loss", "Loss"), ("accuracy", "Accuracy"))
+        ]
+        shown = {
+            "name": name,
+            "bars": None if name == DENSE else svg.bars(detail),
+            "curves": [svg.layout(one) for one in curves if one],
+            "verified": _checks(detail.get("verified")),
+            "coverage": [_coverage(line) for line in detail.get("coverage") or []],
+        }
         if any(shown[key] for key in ("bars", "curves", "verified", "coverage")):
             result.append(shown)
     return result
@@ -90,8 +130,22 @@ def _pinned(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, pinned in having.items():
         for parameter, reason in pinned.items():
             found.setdefault(reason, {}).setdefault(parameter, []).append(name)
-    return [{"reason": reason, "parameters": [{"name": parameter, "where": "" if len(names) == len(having) else ", ".join(names)}
-                                              for parameter, names in parameters.items()]} for reason, parameters in found.items()]
+    return [
+        {
+            "reason": reason,
+            "parameters": [
+                {"name": parameter, "where": "" if len(names) == len(having) else ", ".join(names)}
+                for parameter, names in parameters.items()
+            ],
+        }
+        for reason, parameters in found.items()
+    ]
+
+
+def _checks(verified: Any) -> list[tuple[str, str]]:
+    if verified is None:
+        return []
+    return _flat(verified if isinstance(verified, Mapping) else {"verified": verified})
 
 
 def _coverage(line: Any) -> tuple[str, str, str]:
@@ -103,12 +157,17 @@ def _flat(meta: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values, nested names joined with dots; without what the page shows elsewhere."""
     result = []
     for key, value in meta.items():
-        if not prefix and key in ("name", "config", "details"):
+        if not prefix and key in ("config", "details"):
             continue
         if isinstance(value, Mapping):
             result += _flat(value, f"{prefix}{key}.")
         else:
-            result.append((f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            result.append(
+                (
+                    f"{prefix}{key}",
+                    f"{value:.6g}" if isinstance(value, float) else ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+                )
+            )
     return result
 
 

@@ -1,8 +1,9 @@
 """From rows to the numbers that the report quotes and draws: pure functions, no drawing.
 
-Rows that differ only in the seed are one point: the mean over the seeds, with the smallest and largest value as its range. For a latency
-each row gives its median, and the range is the smallest p10 to the largest p90. The speed-up of a row over the dense one is
-`median_dense / median_row`; its range is `p10_dense / p90_row .. p90_dense / p10_row`, the widest that the two spreads allow.
+Rows that differ only in the seed are one point: the mean over the seeds, with the smallest and largest value as its range. For a
+latency each row gives its median, and the range is the smallest p10 to the largest p90. The speed-up of a row over the dense one is the
+one that was measured with both networks in turns; without that it is `median_dense / median_row`, and its range is
+`p10_dense / p90_row .. p90_dense / p10_row`, the widest that the two spreads allow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from .results import Row
+from .results import Row, timing
 
 DENSE = "dense"
 QUANTITIES = {"macs": "MACs", "params": "parameters"}
@@ -50,7 +51,6 @@ class Series:
     style: int = 0
     hollow: bool = False
     markers: bool = True
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,21 @@ def groups(rows: Iterable[Row]) -> list[Group]:
     rows = list(rows)
     keys = dict.fromkeys((row["method"], row["budget"], row["ratio"]) for row in rows)
     order = {name: index for index, name in enumerate(dict.fromkeys(row["method"] for row in rows))}
-    return [Group(*key, tuple(row for row in rows if (row["method"], row["budget"], row["ratio"]) == key))
-            for key in sorted(keys, key=lambda key: (order[key[0]], key[1], key[2]))]
+    return [
+        Group(*key, tuple(row for row in rows if (row["method"], row["budget"], row["ratio"]) == key))
+        for key in sorted(keys, key=lambda key: (order[key[0]], key[1], key[2]))
+    ]
 
 
 def value(rows: Iterable[Row], key: str) -> Value | None:
     """Mean and range of a column; None where no row has it.
 
-    `key` is a column of numbers, `latency:<batch>`, or `effective_gflops`: what is left to multiply in 1e9 FLOPs, for a masked network
-    the products with non-zero weights, otherwise `gflops`.
+    `key` is a column of numbers, `latency:<timing>` (see `compress.report.results.timings`), or `effective_gflops`: what is left to
+    multiply in 1e9 FLOPs, for a masked network the products with non-zero weights, otherwise `gflops`.
     """
     rows = list(rows)
     if key.startswith("latency:"):
-        found = [latency for row in rows if (latency := (row.get("latency_ms") or {}).get(key[8:])) and latency.get("median") is not None]
+        found = [latency for row in rows if (latency := timing(row, key[8:]))]
         if not found:
             return None
         low, high = (bound([_or(entry.get(name), entry["median"]) for entry in found]) for bound, name in ((min, "p10"), (max, "p90")))
@@ -110,9 +112,14 @@ def delta(row: Row) -> float | None:
     return None if accuracy is None or base is None else accuracy - base
 
 
-def speedup(dense: Iterable[Row], rows: Iterable[Row], batch: int) -> Value | None:
-    """How many times faster than the dense network `rows` run at `batch`; None where a latency is missing or zero."""
-    old, new = value(dense, f"latency:{batch}"), value(rows, f"latency:{batch}")
+def speedup(dense: Iterable[Row], rows: Iterable[Row], name: str) -> Value | None:
+    """How many times faster than the dense network `rows` run in the timing `name`; None where a latency is missing or zero."""
+    rows = list(rows)
+    paired = [latency for row in rows if (latency := timing(row, name))]
+    if paired and all(latency.get(key) is not None for latency in paired for key in ("speedup", "speedup_p10", "speedup_p90")):
+        bounds = [latency[key] for latency in paired for key in ("speedup_p10", "speedup_p90")]
+        return Value(fmean(latency["speedup"] for latency in paired), min(bounds), max(bounds), len(paired))
+    old, new = value(dense, f"latency:{name}"), value(rows, f"latency:{name}")
     if old is None or new is None or min(new.mean, new.low) <= 0:
         return None
     return Value(old.mean / new.mean, old.low / new.high, old.high / new.low, new.count)
@@ -129,9 +136,12 @@ def series(rows: Sequence[Row], x: str, y: str, budget: str | None = None) -> li
     for name in [*methods(rows), DENSE]:
         chosen = [group for group in groups(rows) if group.method == name and (budget in (None, group.budget) or name == DENSE)]
         for masked in (False, True):
-            points = [Point(a, b, name if name == DENSE else f"{name}, ratio {group.ratio:g} of {QUANTITIES.get(group.budget, group.budget)}")
-                      for group in chosen if group.masked == masked
-                      if (a := value(group.rows, x)) is not None and (b := value(group.rows, y)) is not None]
+            points = [
+                Point(a, b, name if name == DENSE else f"{name}, ratio {group.ratio:g} of {QUANTITIES.get(group.budget, group.budget)}")
+                for group in chosen
+                if group.masked == masked
+                if (a := value(group.rows, x)) is not None and (b := value(group.rows, y)) is not None
+            ]
             if points:
                 result.append(Series(name, tuple(points), style[name], hollow=masked))
     return result

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import Row, batch_sizes
+from .results import Row, timing_label, timings
 from .series import DENSE, QUANTITIES, Group, Value, dense_row, groups, methods, speedup, value
 
 MISSED = 0.01
@@ -31,7 +31,9 @@ def sentences(rows: Sequence[Row], meta: Mapping[str, Any]) -> list[Sentence]:
     result = [Sentence(text) for text in (_dense(rows, meta), *_best(rows, pruned)) if text]
     if not pruned:
         result.append(Sentence("No compressed network has been measured yet.", warning=True))
-    return result + [Sentence(text, warning=True) for text in (*_slower(rows, pruned), *_missed(pruned), *_unmeasured(rows), *_noise(rows, meta)) if text]
+    return result + [
+        Sentence(text, warning=True) for text in (*_slower(rows, pruned), *_missed(pruned), *_unmeasured(rows), *_noise(rows, meta)) if text
+    ]
 
 
 def count(number: float) -> str:
@@ -58,19 +60,24 @@ def _dense(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     row = dense_row(rows)
     if row is None:
         return ""
-    name = (meta.get("config") or {}).get("model", {}).get("name")
-    text = f"The unpruned network{f' ({name})' if name else ''} has {count(row['params'])} parameters and {count(row['macs'])} MACs per image"
+    model = (meta.get("config") or {}).get("model") or {}
+    name = model.get("import") or model.get("name")
+    text = f"The unpruned network{f' ({name})' if name else ''} has {count(row['params'])} parameters"
+    text += f" and {count(row['macs'])} MACs per image"
     accuracy = value([row], "accuracy")
     text += f" and reaches an accuracy of {accuracy.mean:.3f}" if accuracy else ""
-    times = [f"{_time(latency.mean)} at batch {batch}" for batch in batch_sizes([row]) if (latency := value([row], f"latency:{batch}"))]
+    times = [f"{value([row], f'latency:{timed}').mean:.3g} ms at {timing_label(timed)}" for timed in timings([row])]
     return text + (f"; one forward pass takes {' and '.join(times)} (median)" if times else "") + "."
 
 
 def _best(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
     result = []
     for budget, ratio in sorted({(group.budget, group.ratio) for group in pruned}):
-        rivals = [(accuracy, group) for group in pruned
-                  if (group.budget, group.ratio) == (budget, ratio) and (accuracy := value(group.rows, "accuracy"))]
+        rivals = [
+            (accuracy, group)
+            for group in pruned
+            if (group.budget, group.ratio) == (budget, ratio) and (accuracy := value(group.rows, "accuracy"))
+        ]
         if not rivals:
             continue
         rivals.sort(key=lambda pair: -pair[0].mean)
@@ -80,7 +87,8 @@ def _best(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
             lead += f" (level with {rivals[1][1].method}: " + ("their seeds overlap)" if accuracy.count > 1 else "equal accuracy)")
         elif len(rivals) > 1:
             lead += f" ({accuracy.mean - rivals[1][0].mean:.3f} ahead of {rivals[1][1].method})"
-        result.append(f"At ratio {ratio:g} of the {QUANTITIES.get(budget, budget)}, {lead}: {_removed(best)}{_cost(best, accuracy)}{_gain(rows, best)}.")
+        start = f"At ratio {ratio:g} of the {QUANTITIES.get(budget, budget)}, {lead}"
+        result.append(f"{start}: {_removed(best)}{_cost(best, accuracy)}{_gain(rows, best)}.")
     return result
 
 
@@ -89,7 +97,11 @@ def _removed(group: Group) -> str:
     if density:
         left = value(group.rows, "macs_nonzero")
         return f"density {density.mean:.3f}" + (f" ({count(left.mean)} MACs with non-zero weights left)" if left else "")
-    parts = [f"{percent(part.mean)} of the {name}" for key, name in (("macs_removed", "MACs"), ("params_removed", "parameters")) if (part := value(group.rows, key))]
+    parts = [
+        f"{percent(part.mean)} of the {name}"
+        for key, name in (("macs_removed", "MACs"), ("params_removed", "parameters"))
+        if (part := value(group.rows, key))
+    ]
     return f"removed {' and '.join(parts)}" if parts else "removed an uncounted part"
 
 
@@ -104,23 +116,26 @@ def _cost(group: Group, accuracy: Value) -> str:
 def _gain(rows: Sequence[Row], group: Group) -> str:
     dense = [row for row in rows if row["method"] == DENSE]
     parts = []
-    for batch in batch_sizes(rows):
-        gain = speedup(dense, group.rows, batch)
+    for timed in timings(rows):
+        gain = speedup(dense, group.rows, timed)
         if gain is None:
             continue
+        slower = ", slower than dense," if gain.mean < 1 else ""
         spread = f"p10 to p90: {gain.low:.2f} to {gain.high:.2f}"
-        parts.append(f"{gain.mean:.2f}\N{MULTIPLICATION SIGN} {'the speed' if gain.mean >= 1 else 'the speed, slower than dense,'} at batch {batch} ({spread})")
+        parts.append(f"{gain.mean:.2f}\N{MULTIPLICATION SIGN} the speed{slower} at {timing_label(timed)} ({spread})")
     return f", {' and '.join(parts)}" if parts else ""
 
 
 def _slower(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
     dense = [row for row in rows if row["method"] == DENSE]
     result = []
-    for batch in batch_sizes(rows):
-        gains = [(group, gain) for group in pruned if (gain := speedup(dense, group.rows, batch))]
+    for timed in timings(rows):
+        gains = [(group, gain) for group in pruned if (gain := speedup(dense, group.rows, timed))]
         slow = [f"{group.method} at {group.ratio:g} ({gain.mean:.2f}\N{MULTIPLICATION SIGN})" for group, gain in gains if gain.mean < 1]
         if slow:
-            result.append(f"Slower than the unpruned network at batch {batch}: {len(slow)} of {len(gains)} networks: {', '.join(slow)}.")
+            result.append(
+                f"Slower than the unpruned network at {timing_label(timed)}: {len(slow)} of {len(gains)} networks: {', '.join(slow)}."
+            )
     return result
 
 
@@ -136,7 +151,7 @@ def _missed(pruned: Sequence[Group]) -> list[str]:
 def _unmeasured(rows: Sequence[Row]) -> list[str]:
     missing = [f"{row['method']} at {row['ratio']:g}, seed {row.get('seed', 0)}" for row in rows if row.get("accuracy") is None]
     result = [f"No accuracy is known for: {', '.join(missing)}."] if missing else []
-    if rows and not batch_sizes(rows):
+    if rows and not timings(rows):
         result.append("Latency was not measured, so nothing here says that a network is faster.")
     elif rows and dense_row(rows) is None and methods(rows):
         result.append("The unpruned network was not measured, so no speed-up can be given.")
@@ -149,9 +164,7 @@ def _noise(rows: Sequence[Row], meta: Mapping[str, Any]) -> list[str]:
     if not size or row is None or row.get("accuracy") is None:
         return []
     error = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / size)
-    return [f"The test set has {size} images: one image is {1 / size:.4f}, and the standard error of an accuracy of {row['accuracy']:.3f} is {error:.4f}; "
-            "smaller differences may be chance."]
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.3g} ms"
+    return [
+        f"The test set has {size} images: one image is {1 / size:.4f}, and the standard error of an accuracy of {row['accuracy']:.3f} "
+        f"is {error:.4f}; smaller differences may be chance."
+    ]

@@ -1,7 +1,7 @@
 """Charts as inline SVG: positions in the units of the view box, which the template turns into markup.
 
-Nothing here holds text markup, so that every name passes the template's escaping. Colours are classes (`c0`..`c6`, `dense`), which the style
-sheet sets for light and dark pages; markers differ by shape as well.
+Nothing here holds text markup, so that every name passes the template's escaping. Colours are classes (`c0`..`c6`, `dense`), which the
+style sheet sets for light and dark pages; markers differ by shape as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ LONGEST_LABEL = 22
 
 def layout(chart: Chart) -> dict[str, Any]:
     """Everything that the template draws of `chart`, in view box units."""
+
     def x(number: float) -> float:
         return _scale(number, chart.x_limits, LEFT, WIDTH - RIGHT)
 
@@ -30,17 +31,39 @@ def layout(chart: Chart) -> dict[str, Any]:
 
     drawn = []
     for one in chart.series:
-        dots = [{"x": x(point.x.mean), "y": y(point.y.mean), "tip": tip(chart, one, point),
-                 "bars": _bars(point, x, y)} for point in one.points]
-        drawn.append({"name": one.name, "colour": colour(one.style), "marker": marker(one.style), "hollow": one.hollow, "dots": dots,
-                      "markers": one.markers, "line": _path([(dot["x"], dot["y"]) for dot in dots]) if chart.lines and len(dots) > 1 else "",
-                      "level": y(one.points[0].y.mean) if one.style < 0 else None})
-    return {"key": chart.key, "title": chart.title, "note": chart.note, "width": WIDTH, "height": HEIGHT, "x_label": chart.x_label,
-            "y_label": chart.y_label, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM,
-            "x_ticks": [{"at": x(tick), "text": tick_text(tick)} for tick in chart.x_ticks],
-            "y_ticks": [{"at": y(tick), "text": tick_text(tick)} for tick in chart.y_ticks],
-            "front": _path(_stairs([(x(point.x.mean), y(point.y.mean)) for point in chart.front])) if len(chart.front) > 1 else "",
-            "series": drawn, "description": describe(chart)}
+        dots = [
+            {"x": x(point.x.mean), "y": y(point.y.mean), "tip": tip(chart, one, point), "bars": _bars(point, x, y)} for point in one.points
+        ]
+        drawn.append(
+            {
+                "name": one.name,
+                "colour": colour(one.style),
+                "marker": marker(one.style),
+                "hollow": one.hollow,
+                "dots": dots,
+                "markers": one.markers,
+                "line": _path([(dot["x"], dot["y"]) for dot in dots]) if len(dots) > 1 else "",
+                "level": y(one.points[0].y.mean) if one.style < 0 else None,
+            }
+        )
+    return {
+        "key": chart.key,
+        "title": chart.title,
+        "note": chart.note,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "x_label": chart.x_label,
+        "y_label": chart.y_label,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "top": TOP,
+        "bottom": HEIGHT - BOTTOM,
+        "x_ticks": [{"at": x(tick), "text": tick_text(tick)} for tick in chart.x_ticks],
+        "y_ticks": [{"at": y(tick), "text": tick_text(tick)} for tick in chart.y_ticks],
+        "front": _path(_stairs([(x(point.x.mean), y(point.y.mean)) for point in chart.front])) if len(chart.front) > 1 else "",
+        "series": drawn,
+        "description": describe(chart),
+    }
 
 
 def bars(detail: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -51,21 +74,38 @@ def bars(detail: Mapping[str, Any]) -> dict[str, Any] | None:
     step = max(8.0, min(34.0, 700 / len(sizes)))
     width = LEFT + RIGHT + step * len(sizes)
     every = max(1, math.ceil(13 / step))
-    labels = [name if len(name) <= LONGEST_LABEL else "\N{HORIZONTAL ELLIPSIS}" + name[1 - LONGEST_LABEL:] for name, _, _ in sizes]
+    labels = [name if len(name) <= LONGEST_LABEL else "\N{HORIZONTAL ELLIPSIS}" + name[1 - LONGEST_LABEL :] for name, _, _ in sizes]
     bottom = TOP + 200
     levels = ticks(0, max(product(before) for _, before, _ in sizes), 4)
 
     def y(number: float) -> float:
         return _scale(number, (0, levels[-1]), bottom, TOP)
 
-    drawn = [{"x": round(LEFT + step * (index + 0.12), 1), "middle": round(LEFT + step * (index + 0.5), 1), "width": round(step * 0.76, 1),
-              "before": y(product(before)), "after": y(product(after)), "label": labels[index] if index % every == 0 else "",
-              "tip": f"{name}: {what} {size_text(before)} \N{RIGHTWARDS ARROW} {size_text(after)}"}
-             for index, (name, before, after) in enumerate(sizes)]
+    drawn = [
+        {
+            "x": round(LEFT + step * (index + 0.12), 1),
+            "middle": round(LEFT + step * (index + 0.5), 1),
+            "width": round(step * 0.76, 1),
+            "before": y(product(before)),
+            "after": y(product(after)),
+            "label": labels[index] if index % every == 0 else "",
+            "tip": f"{name}: {what} {size_text(before)} \N{RIGHTWARDS ARROW} {size_text(after)}",
+        }
+        for index, (name, before, after) in enumerate(sizes)
+    ]
     kept = sum(product(after) for _, _, after in sizes) / max(sum(product(before) for _, before, _ in sizes), 1)
-    return {"what": what, "width": round(max(width, WIDTH), 1), "height": bottom + 8 + 5.6 * max(map(len, labels)), "left": LEFT, "right": round(width - RIGHT, 1),
-            "top": TOP, "bottom": bottom, "bars": drawn, "y_ticks": [{"at": y(level), "text": tick_text(level)} for level in levels],
-            "description": f"{what} of {len(sizes)} layers before and after; {100 * kept:.1f} % of the sum is kept"}
+    return {
+        "what": what,
+        "width": round(max(width, WIDTH), 1),
+        "height": bottom + 8 + 5.6 * max(map(len, labels)),
+        "left": LEFT,
+        "right": round(width - RIGHT, 1),
+        "top": TOP,
+        "bottom": bottom,
+        "bars": drawn,
+        "y_ticks": [{"at": y(level), "text": tick_text(level)} for level in levels],
+        "description": f"{what} of {len(sizes)} layers before and after; {100 * kept:.1f} % of the sum is kept",
+    }
 
 
 def marker(style: int) -> str:
@@ -100,8 +140,12 @@ def tip(chart: Chart, one: Series, point: Point) -> str:
 
 def describe(chart: Chart) -> str:
     """One sentence per chart for those who do not see it."""
-    lines = [f"{one.name} from {one.points[0].y.mean:.4g} to {one.points[-1].y.mean:.4g}" if len(one.points) > 1 else
-             f"{one.name} {one.points[0].y.mean:.4g}" for one in chart.series]
+    lines = [
+        f"{one.name} from {one.points[0].y.mean:.4g} to {one.points[-1].y.mean:.4g}"
+        if len(one.points) > 1
+        else f"{one.name} {one.points[0].y.mean:.4g}"
+        for one in chart.series
+    ]
     return f"{chart.y_label} against {chart.x_label}: {'; '.join(lines)}."
 
 
@@ -131,7 +175,10 @@ def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _regular(count: int, outer: float, inner: float | None = None) -> list[tuple[float, float]]:
     radii = [outer if index % 2 == 0 or inner is None else inner for index in range(count)]
-    return [(radius * math.sin(2 * math.pi * index / count), -radius * math.cos(2 * math.pi * index / count)) for index, radius in enumerate(radii)]
+    return [
+        (radius * math.sin(2 * math.pi * index / count), -radius * math.cos(2 * math.pi * index / count))
+        for index, radius in enumerate(radii)
+    ]
 
 
 def _plus(r: float) -> list[tuple[float, float]]:

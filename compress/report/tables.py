@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .chart import layer_sizes, product, size_text
-from .results import Row, batch_sizes, entry_name
+from .results import Row, entry_name, timing_label, timings
 from .series import DENSE, Group, delta, groups, methods, speedup, value
 from .summary import count, percent, signed
 
@@ -51,8 +51,10 @@ def method_tables(rows: Sequence[Row]) -> list[Table]:
     for name in methods(rows) or ([DENSE] if dense else []):
         chosen = [row for group in groups(rows) if group.method == name for row in group.rows]
         above = dense if name != DENSE else []
-        heads = _columns(chosen, batch_sizes(rows))
-        result.append(Table(name, heads, tuple(_line(row, heads, dense) for row in chosen), tuple(_line(row, heads, dense) for row in above)))
+        heads = _columns(chosen, timings(rows))
+        result.append(
+            Table(name, heads, tuple(_line(row, heads, dense) for row in chosen), tuple(_line(row, heads, dense) for row in above))
+        )
     return result
 
 
@@ -63,16 +65,25 @@ def overview(rows: Sequence[Row]) -> list[Table]:
     for budget in dict.fromkeys(group.budget for group in pruned):
         cells = {(group.method, group.ratio): (group, value(group.rows, "accuracy")) for group in pruned if group.budget == budget}
         ratios = sorted({ratio for _, ratio in cells})
-        best = {ratio: max((accuracy.mean for (_, other), (_, accuracy) in cells.items() if other == ratio and accuracy), default=None) for ratio in ratios}
+        best = {
+            ratio: max((accuracy.mean for (_, other), (_, accuracy) in cells.items() if other == ratio and accuracy), default=None)
+            for ratio in ratios
+        }
         lines = []
         for name in dict.fromkeys(method for method, _ in cells):
             line = [Cell("method", name, name)]
             for ratio in ratios:
                 group, accuracy = cells.get((name, ratio), (None, None))
-                mark = "best" if accuracy and accuracy.mean == best[ratio] and len({method for method, other in cells if other == ratio}) > 1 else ""
+                mark = (
+                    "best"
+                    if accuracy and accuracy.mean == best[ratio] and len({method for method, other in cells if other == ratio}) > 1
+                    else ""
+                )
                 line.append(_accuracy(f"{ratio:g}", group, mark))
             lines.append(tuple(line))
-        result.append(Table(budget, (Column("method", "method"), *(Column(f"{ratio:g}", f"ratio {ratio:g}") for ratio in ratios)), tuple(lines)))
+        result.append(
+            Table(budget, (Column("method", "method"), *(Column(f"{ratio:g}", f"ratio {ratio:g}") for ratio in ratios)), tuple(lines))
+        )
     return result
 
 
@@ -86,8 +97,13 @@ def layer_table(rows: Sequence[Row], details: Mapping[str, Any]) -> Table | None
     heads = (Column("number", "#"), Column("layer", "layer"), Column("before", "before"), *(Column(name, name) for name in entries))
     lines = []
     for number, (layer, size) in enumerate(before.items(), 1):
-        kept = [Cell(name, size_text(sizes[layer][1]), product(sizes[layer][1])) if layer in sizes else Cell(name, NOTHING) for name, sizes in entries.items()]
-        lines.append((Cell("number", str(number), number), Cell("layer", layer, layer), Cell("before", size_text(size), product(size)), *kept))
+        kept = [
+            Cell(name, size_text(sizes[layer][1]), product(sizes[layer][1])) if layer in sizes else Cell(name, NOTHING)
+            for name, sizes in entries.items()
+        ]
+        lines.append(
+            (Cell("number", str(number), number), Cell("layer", layer, layer), Cell("before", size_text(size), product(size)), *kept)
+        )
     return Table("layers", heads, tuple(lines))
 
 
@@ -101,22 +117,48 @@ def _accuracy(key: str, group: Group | None, mark: str) -> Cell:
     return Cell(key, f"{accuracy.mean:.4f}", accuracy.mean, note, mark)
 
 
-def _columns(rows: Sequence[Row], batches: Sequence[int]) -> tuple[Column, ...]:
+def _columns(rows: Sequence[Row], timed: Sequence[str]) -> tuple[Column, ...]:
     found = [Column("ratio", "ratio", "fraction removed of the budget")]
     if len({row["budget"] for row in rows}) > 1:
         found.insert(0, Column("budget", "budget", "quantity that the ratio is taken of"))
     if len({row.get("seed") for row in rows}) > 1:
         found.append(Column("seed", "seed"))
-    found += [Column("accuracy", "accuracy", "test accuracy after fine-tuning"), Column("delta", "difference", "accuracy minus the accuracy of the unpruned network"),
-              Column("macs_removed", "MACs removed", "share of the MACs removed"), Column("params_removed", "parameters removed", "share of the parameters removed")]
+    found += [
+        Column("accuracy", "accuracy", "test accuracy after fine-tuning"),
+        Column("delta", "difference", "accuracy minus the accuracy of the unpruned network"),
+        Column("macs_removed", "MACs removed", "share of the MACs removed"),
+        Column("params_removed", "parameters removed", "share of the parameters removed"),
+    ]
     if any(row.get("density") is not None for row in rows):
-        found += [Column("density", "density", "fraction of non-zero weights"), Column("macs_nonzero", "non-zero MACs", "MACs with non-zero weights")]
-    for batch in batches:
-        found += [Column(f"speedup_{batch}", f"speed\N{NON-BREAKING HYPHEN}up, batch\N{NO-BREAK SPACE}{batch}", "dense median / median (range that both spreads allow)"),
-                  Column(f"latency_ms_{batch}", f"ms, batch\N{NO-BREAK SPACE}{batch}", "median latency of one forward pass (p10 to p90)")]
-    return (*found, Column("gflops", "GFLOPs", "1e9 floating point operations per image, 2 per MAC"), Column("params", "parameters"),
-            Column("accuracy_oneshot", "one-shot accuracy", "test accuracy after surgery and recalibration, before fine-tuning"),
-            Column("seconds", "seconds", "time that this network took to make"))
+        found += [
+            Column("density", "density", "fraction of non-zero weights"),
+            Column("macs_nonzero", "non-zero MACs", "MACs with non-zero weights"),
+        ]
+    for name in timed:
+        found += [
+            Column(
+                f"speedup_{name}",
+                f"speed\N{NON-BREAKING HYPHEN}up, {timing_label(name)}",
+                "time of the unpruned network / time of this one (p10 to p90)",
+            ),
+            Column(f"latency_ms_{name}", f"ms, {timing_label(name)}", "median latency of one forward pass (p10 to p90)"),
+        ]
+    memory = [
+        Column(key, head, help)
+        for key, head, help in (
+            ("peak_memory_bytes", "peak MiB", "peak memory of one forward pass at the largest batch"),
+            ("activation_bytes", "activation MiB", "activations of one image"),
+        )
+        if any(row.get(key) is not None for row in rows)
+    ]
+    return (
+        *found,
+        Column("gflops", "GFLOPs", "1e9 floating point operations per image, 2 per MAC"),
+        Column("params", "parameters"),
+        Column("accuracy_oneshot", "one-shot accuracy", "test accuracy after surgery and recalibration, before fine-tuning"),
+        *memory,
+        Column("seconds", "seconds", "time that this network took to make"),
+    )
 
 
 def _line(row: Row, heads: Sequence[Column], dense: Sequence[Row]) -> tuple[Cell, ...]:
@@ -131,7 +173,11 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
         return Cell(key, NOTHING) if number is None else Cell(key, signed(number, 4), number)
     if key.startswith("latency_ms_"):
         latency = value([row], f"latency:{key.removeprefix('latency_ms_')}")
-        return Cell(key, NOTHING) if latency is None else Cell(key, f"{latency.mean:.4g}", latency.mean, f"{latency.low:.4g}\N{EN DASH}{latency.high:.4g}")
+        return (
+            Cell(key, NOTHING)
+            if latency is None
+            else Cell(key, f"{latency.mean:.4g}", latency.mean, f"{latency.low:.4g}\N{EN DASH}{latency.high:.4g}")
+        )
     if key.startswith("speedup_"):
         return _speed(row, key, dense)
     number = row.get(key)
@@ -139,6 +185,8 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
         return Cell(key, NOTHING)
     if key in ("params", "macs_nonzero"):
         return Cell(key, count(number), number)
+    if key.endswith("_bytes"):
+        return Cell(key, f"{number / 2**20:.3g}", number)
     if key.endswith("_removed"):
         return Cell(key, percent(number), number)
     if key.startswith("accuracy"):
@@ -147,7 +195,7 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
 
 
 def _speed(row: Row, key: str, dense: Sequence[Row]) -> Cell:
-    gain = None if row["method"] == DENSE else speedup(dense, [row], int(key.removeprefix("speedup_")))
+    gain = None if row["method"] == DENSE else speedup(dense, [row], key.removeprefix("speedup_"))
     if gain is None:
         return Cell(key, NOTHING)
     note = f"{gain.low:.2f}\N{EN DASH}{gain.high:.2f}"

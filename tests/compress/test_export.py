@@ -95,9 +95,16 @@ def test_fixed_batch_size_is_kept_where_asked(net):
     assert torch.equal(program.module()(x), x.view(4, -1))
 
 
-@pytest.mark.parametrize("model, inputs, said", [
-    (FixedBatch(), torch.randn(4, 2, 3), "FixedBatch with a free batch size"), (Branch(), torch.randn(4, 3), "cannot export Branch"),
-    (Residual(), (), "nothing"), (Residual(), 3, "int"), (Residual(), torch.randn(0, 1, 8, 8), "n > 0")])
+@pytest.mark.parametrize(
+    "model, inputs, said",
+    [
+        (FixedBatch(), torch.randn(4, 2, 3), "FixedBatch with a free batch size"),
+        (Branch(), torch.randn(4, 3), "cannot export Branch"),
+        (Residual(), (), "nothing"),
+        (Residual(), 3, "int"),
+        (Residual(), torch.randn(0, 1, 8, 8), "n > 0"),
+    ],
+)
 def test_what_cannot_be_exported_is_one_sentence(model, inputs, said):
     with pytest.raises(UserError) as caught:
         to_exported_program(model, inputs)
@@ -137,7 +144,10 @@ def test_missing_packages_name_the_pip_command(net, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow_ci
-@pytest.mark.parametrize("name, shape", [("resnet20", (1, 8, 8)), ("vgg16", (3, 32, 32)), ("torchvision/mobilenet_v2", (3, 64, 64)), ("torchvision/resnet18", (3, 64, 64))])
+@pytest.mark.parametrize(
+    "name, shape",
+    [("resnet20", (1, 8, 8)), ("vgg16", (3, 32, 32)), ("torchvision/mobilenet_v2", (3, 64, 64)), ("torchvision/resnet18", (3, 64, 64))],
+)
 def test_networks_of_the_registry_in_onnxruntime(name, shape, tmp_path):
     pytest.importorskip("onnxruntime")
     model = build(name, 10, in_channels=shape[0]) if "/" not in name else build(name, 10)

@@ -21,8 +21,17 @@ def history(rng: random.Random, epochs: int, start: float, end: float) -> list[d
     result = []
     for epoch in range(1, epochs + 1):
         accuracy = end - (end - start) * 0.6**epoch + rng.gauss(0, 0.003)
-        result.append({"epoch": epoch, "lr": 0.1 * (1 - epoch / (epochs + 1)), "train_loss": 2.5 * (1 - accuracy) + 0.02, "train_accuracy": min(1.0, accuracy + 0.012),
-                       "val_loss": 3 * (1 - accuracy) + 0.03, "val_accuracy": min(1.0, accuracy), "seconds": 1.5})
+        result.append(
+            {
+                "epoch": epoch,
+                "lr": 0.1 * (1 - epoch / (epochs + 1)),
+                "train_loss": 2.5 * (1 - accuracy) + 0.02,
+                "train_accuracy": min(1.0, accuracy + 0.012),
+                "val_loss": 3 * (1 - accuracy) + 0.03,
+                "val_accuracy": min(1.0, accuracy),
+                "seconds": 1.5,
+            }
+        )
     return result
 
 
@@ -32,14 +41,35 @@ def latency(rng: random.Random, milliseconds: float) -> dict[str, float]:
     return {"median": median, "p10": median * rng.uniform(0.93, 0.98), "p90": median * rng.uniform(1.03, 1.12)}
 
 
-def example(methods: tuple[str, ...] = ("l1", "taylor_fo", "random"), ratios: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9), seeds: tuple[int, ...] = (0,),
-            blocks: int = 3, budget: str = "macs", timed: bool = True) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def example(
+    methods: tuple[str, ...] = ("l1", "taylor_fo", "random"),
+    ratios: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9),
+    seeds: tuple[int, ...] = (0,),
+    blocks: int = 3,
+    budget: str = "macs",
+    timed: bool = True,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(rows, meta) as a run hands them over; methods named `mask_*` give masked rows, `svd` and `tucker` ranks instead of widths."""
     rng = random.Random(1)
     base = 0.9733
-    rows = [{"method": "dense", "budget": "params", "ratio": 0, "params": PARAMS, "params_removed": 0.0, "macs": MACS, "macs_removed": 0.0, "gflops": 2e-9 * MACS,
-             "accuracy_base": base, "accuracy_oneshot": base, "accuracy": base, "latency_ms": {"1": latency(rng, 2.1), "64": latency(rng, 11.8)} if timed else None,
-             "seconds": 41.0, "seed": 0}]
+    rows = [
+        {
+            "method": "dense",
+            "budget": "params",
+            "ratio": 0,
+            "params": PARAMS,
+            "params_removed": 0.0,
+            "macs": MACS,
+            "macs_removed": 0.0,
+            "gflops": 2e-9 * MACS,
+            "accuracy_base": base,
+            "accuracy_oneshot": base,
+            "accuracy": base,
+            "latency_ms": {"1": latency(rng, 2.1), "64": latency(rng, 11.8)} if timed else None,
+            "seconds": 41.0,
+            "seed": 0,
+        }
+    ]
     details: dict[str, Any] = {"dense": {"history": history(rng, 20, 0.1, base)}}
     for index, method in enumerate(methods):
         for ratio in ratios:
@@ -49,19 +79,42 @@ def example(methods: tuple[str, ...] = ("l1", "taylor_fo", "random"), ratios: tu
                 params_removed = 0.0 if masked else min(0.99, ratio * rng.uniform(0.9, 1.05))
                 accuracy = base - (0.02 + 0.012 * index) * ratio**3 * 4 + rng.gauss(0, 0.002)
                 oneshot = max(0.1, base - (0.25 + 0.1 * index) * ratio * 1.7)
-                row = {"method": method, "budget": "weights" if masked else budget, "ratio": ratio, "params": round(PARAMS * (1 - params_removed)),
-                       "params_removed": params_removed, "macs": round(MACS * (1 - removed)), "macs_removed": removed, "gflops": 2e-9 * MACS * (1 - removed),
-                       "accuracy_base": base, "accuracy_oneshot": oneshot, "accuracy": accuracy,
-                       "latency_ms": {"1": latency(rng, 2.2 - 0.9 * removed), "64": latency(rng, 11.8 * (1 - 0.8 * removed))} if timed else None,
-                       "seconds": rng.uniform(8, 14), "seed": seed}
+                row = {
+                    "method": method,
+                    "budget": "weights" if masked else budget,
+                    "ratio": ratio,
+                    "params": round(PARAMS * (1 - params_removed)),
+                    "params_removed": params_removed,
+                    "macs": round(MACS * (1 - removed)),
+                    "macs_removed": removed,
+                    "gflops": 2e-9 * MACS * (1 - removed),
+                    "accuracy_base": base,
+                    "accuracy_oneshot": oneshot,
+                    "accuracy": accuracy,
+                    "latency_ms": {"1": latency(rng, 2.2 - 0.9 * removed), "64": latency(rng, 11.8 * (1 - 0.8 * removed))}
+                    if timed
+                    else None,
+                    "seconds": rng.uniform(8, 14),
+                    "seed": seed,
+                }
                 if masked:
                     row |= {"density": 1 - ratio, "macs_nonzero": round(MACS * (1 - ratio * 0.95))}
                 rows.append(row)
                 details[entry_name(row)] = detail(rng, method, ratio, blocks, history(rng, 8, oneshot, accuracy))
-    meta = {"name": "digits-resnet20", "started": "2025-03-04T10:11:12", "finished": "2025-03-04T10:13:59", "seconds": 167.2, "device": "cpu", "cpu": "Example CPU 3000 (2 cores)",
-            "threads": 2, "torch": "2.11.0", "versions": {"compress": "0.1.0", "python": "3.12.3", "torchvision": "0.26.0"}, "data": {"train": 1294, "val": 143, "test": 360},
-            "config": {"name": "digits-resnet20", "data": {"name": "digits"}, "model": {"name": "resnet20", "options": {}}, "prune": {"methods": list(methods), "ratios": list(ratios)}},
-            "details": details}
+    meta = {
+        "toolkit": "0.1.0",
+        "started": "2025-03-04 10:11:12",
+        "seconds": 167.2,
+        "machine": {"device": "Example CPU 3000", "threads": 2, "python": "3.12.3", "torch": "2.11.0"},
+        "data": {"train": 1294, "val": 143, "test": 360, "classes": 10, "shape": [1, 8, 8]},
+        "config": {
+            "name": "digits-resnet20",
+            "data": {"name": "digits"},
+            "model": {"name": "resnet20", "options": {}},
+            "prune": {"methods": list(methods), "ratios": list(ratios)},
+        },
+        "details": details,
+    }
     return rows, meta
 
 
@@ -70,13 +123,22 @@ def detail(rng: random.Random, method: str, ratio: float, blocks: int, epochs: l
     result: dict[str, Any] = {"history": epochs, "verified": {"max_relative_difference": 3.1e-7, "batch": 2}}
     if method.startswith("mask_"):
         return result
-    kept = {name: max(1, round(width * min(1.0, max(0.05, (1 - ratio) ** 0.5 * rng.uniform(0.5, 1.4))))) for name, width in layers(blocks).items()}
+    kept = {
+        name: max(1, round(width * min(1.0, max(0.05, (1 - ratio) ** 0.5 * rng.uniform(0.5, 1.4)))))
+        for name, width in layers(blocks).items()
+    }
     if method == "tucker":
         result["ranks"] = {name: [[width, width], [kept[name], max(1, kept[name] - 2)]] for name, width in layers(blocks).items()}
     elif method == "svd":
         result["ranks"] = {name: [width, kept[name]] for name, width in layers(blocks).items()}
     else:
         result["widths"] = {name: [width, kept[name]] for name, width in layers(blocks).items()}
-    result["pinned"] = {"conv1.weight": "input of the network", "linear.weight": "output of the network", "linear.bias": "output of the network"}
-    result["coverage"] = [{"layer": name, "status": "pruned", "reason": ""} for name in layers(blocks)] + [{"layer": "linear", "status": "pinned", "reason": "output of the network"}]
+    result["pinned"] = {
+        "conv1.weight": "input of the network",
+        "linear.weight": "output of the network",
+        "linear.bias": "output of the network",
+    }
+    result["coverage"] = [{"layer": name, "status": "pruned", "reason": ""} for name in layers(blocks)] + [
+        {"layer": "linear", "status": "pinned", "reason": "output of the network"}
+    ]
     return result

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
 
 from compress.errors import UserError
-from compress.report import entry_name, read_results, write_atomically, write_results
-from compress.report.results import STATISTICS
+from compress.report import entry_name, read_results, write_results
+from compress.report.results import STATISTICS, timings
 
 from .example import example
 
@@ -48,8 +47,10 @@ def test_csv_holds_every_value_of_the_json(tmp_path, methods):
 def test_columns_follow_the_documented_order(tmp_path):
     write_results(tmp_path, *example(methods=("mask_snip",), ratios=(0.5,)))
     head = (tmp_path / "results.csv").read_text().splitlines()[0]
-    assert head == ("method,budget,ratio,seed,params,params_removed,macs,macs_removed,gflops,accuracy_base,accuracy_oneshot,accuracy,latency_ms_1_median,latency_ms_1_p10,"
-                    "latency_ms_1_p90,latency_ms_64_median,latency_ms_64_p10,latency_ms_64_p90,seconds,density,macs_nonzero")
+    assert head == (
+        "method,budget,ratio,seed,params,params_removed,macs,macs_removed,gflops,accuracy_base,accuracy_oneshot,accuracy,latency_ms_1_median,latency_ms_1_p10,"
+        "latency_ms_1_p90,latency_ms_64_median,latency_ms_64_p10,latency_ms_64_p90,seconds,density,macs_nonzero"
+    )
 
 
 def test_numbers_that_json_has_no_word_for_become_null_and_numpy_becomes_plain(tmp_path):
@@ -65,17 +66,19 @@ def test_entry_names():
     assert entry_name({"method": "dense", "budget": "params", "ratio": 0, "seed": 0}) == "dense"
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_atomically(path, b"old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+def test_nested_latencies_are_flat_in_the_csv(tmp_path):
+    rows, meta = example(methods=("l1",), ratios=(0.5,))
+    rows[1]["latency_ms"]["1"] |= {"speedup": 1.25, "graph": {"median": 0.5, "p10": 0.4, "p90": 0.75}}
+    write_results(tmp_path, rows, meta)
+    with open(tmp_path / "results.csv", newline="") as file:
+        dense, pruned = csv.DictReader(file)
+    assert [pruned[f"latency_ms_1_{key}"] for key in ("speedup", "graph_median", "graph_p10", "graph_p90")] == [
+        "1.25",
+        "0.5",
+        "0.4",
+        "0.75",
+    ]
+    assert dense["latency_ms_1_graph_median"] == "" and timings(rows) == ["1", "1_graph", "64"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 2, "rows": []}', '{"format": 1}'])

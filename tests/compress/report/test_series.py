@@ -13,8 +13,22 @@ from .example import example
 
 def row(method="l1", ratio=0.5, seed=0, accuracy=0.9, base=0.95, latency=(1.0, 0.9, 1.2), **more):
     times = None if latency is None else {"1": dict(zip(("median", "p10", "p90"), latency))}
-    return {"method": method, "budget": "macs", "ratio": ratio, "seed": seed, "accuracy": accuracy, "accuracy_base": base, "accuracy_oneshot": 0.5, "params": 1000,
-            "params_removed": 0.4, "macs": 2000, "macs_removed": ratio, "gflops": 4e-6, "latency_ms": times, **more}
+    return {
+        "method": method,
+        "budget": "macs",
+        "ratio": ratio,
+        "seed": seed,
+        "accuracy": accuracy,
+        "accuracy_base": base,
+        "accuracy_oneshot": 0.5,
+        "params": 1000,
+        "params_removed": 0.4,
+        "macs": 2000,
+        "macs_removed": ratio,
+        "gflops": 4e-6,
+        "latency_ms": times,
+        **more,
+    }
 
 
 DENSE = row("dense", 0, accuracy=0.95, latency=(2.0, 1.8, 2.4), macs_removed=0.0)
@@ -25,7 +39,10 @@ def test_seeds_become_mean_and_range():
     assert value(rows[:3], "accuracy") == Value(pytest.approx(0.92), 0.90, 0.94, 2)
     assert [(group.ratio, len(group.rows)) for group in groups(rows)] == [(0.5, 3), (0.7, 1)]
     (line,) = series(rows, "ratio", "accuracy")
-    assert [(point.x.mean, point.y.mean, point.y.low, point.y.high) for point in line.points] == [(0.5, pytest.approx(0.92), 0.90, 0.94), (0.7, 0.8, 0.8, 0.8)]
+    assert [(point.x.mean, point.y.mean, point.y.low, point.y.high) for point in line.points] == [
+        (0.5, pytest.approx(0.92), 0.90, 0.94),
+        (0.7, 0.8, 0.8, 0.8),
+    ]
 
 
 def test_latency_is_the_median_with_the_widest_spread():
@@ -35,9 +52,28 @@ def test_latency_is_the_median_with_the_widest_spread():
 
 
 def test_speedup_is_the_quotient_with_the_widest_range():
-    gain = speedup([DENSE], [row()], 1)
+    gain = speedup([DENSE], [row()], "1")
     assert (gain.mean, gain.low, gain.high) == (2.0, 1.8 / 1.2, 2.4 / 0.9)
-    assert speedup([DENSE], [row(latency=None)], 1) is None and speedup([], [row()], 1) is None
+    assert speedup([DENSE], [row(latency=None)], "1") is None and speedup([], [row()], "1") is None
+
+
+def test_a_speedup_measured_in_turns_is_taken_as_it_is():
+    rows = [row(), row(seed=1)]
+    for one, numbers in zip(rows, ((1.5, 1.4, 1.7), (1.7, 1.3, 1.9))):
+        one["latency_ms"]["1"] |= dict(zip(("speedup", "speedup_p10", "speedup_p90"), numbers))
+    assert speedup([DENSE], rows, "1") == Value(pytest.approx(1.6), 1.3, 1.9, 2)
+    del rows[0]["latency_ms"]["1"]["speedup"]
+    assert speedup([DENSE], rows, "1").mean == 2.0
+
+
+def test_graph_replay_is_a_timing_of_its_own():
+    rows = [row("dense", 0), row()]
+    rows[0]["latency_ms"]["1"]["graph"] = {"median": 0.9, "p10": 0.8, "p90": 1.0}
+    rows[1]["latency_ms"]["1"]["graph"] = {"median": 0.3, "p10": 0.2, "p90": 0.4}
+    assert speedup(rows[:1], rows[1:], "1_graph").mean == pytest.approx(3) and speedup(rows[:1], rows[1:], "1").mean == 1
+    charts = {chart.key: chart for chart in result_charts(rows)}
+    assert [point.x.mean for point in charts["accuracy_latency_b1_graph"].series[0].points] == [0.3]
+    assert any("3.00× the speed at batch\u00a01 (CUDA graph)" in sentence.text for sentence in sentences(rows, {}))
 
 
 def test_masked_rows_are_drawn_by_their_non_zero_products():
@@ -64,7 +100,9 @@ def test_figures_show_the_rows():
     for name, key in (("accuracy_gflops", "gflops"), ("accuracy_ratio_macs", "ratio")):
         for one in drawn[name].series:
             for point in one.points:
-                same = [r for r in rows if r["method"] == one.name and (one.name == "dense" or f"ratio {r['ratio']:g} of MACs" in point.label)]
+                same = [
+                    r for r in rows if r["method"] == one.name and (one.name == "dense" or f"ratio {r['ratio']:g} of MACs" in point.label)
+                ]
                 assert point.x.mean == pytest.approx(sum(r[key] for r in same) / len(same))
                 assert (point.y.low, point.y.high) == (min(r["accuracy"] for r in same), max(r["accuracy"] for r in same))
         assert sum(len(one.points) for one in drawn[name].series) == 3 * 4 + 1
@@ -111,10 +149,16 @@ def test_limits_enclose_every_range_and_fractions_stay_in_the_unit_interval():
 def test_summary_is_computed_from_the_rows():
     rows = [DENSE, row("l1", accuracy=0.90, macs_removed=0.503), row("l2", accuracy=0.92, latency=(4.0, 3.9, 4.1))]
     texts = [sentence.text for sentence in sentences(rows, {"data": {"test": 361}})]
-    assert texts[0] == "The unpruned network has 1 k parameters and 2 k MACs per image and reaches an accuracy of 0.950; one forward pass takes 2 ms at batch 1 (median)."
-    assert texts[1] == ("At ratio 0.5 of the MACs, l2 is best of 2 methods (0.020 ahead of l1): removed 50.0 % of the MACs and 40.0 % of the parameters, accuracy 0.950 → 0.920 (−0.030), "
-                        "0.50× the speed, slower than dense, at batch 1 (p10 to p90: 0.44 to 0.62).")
-    assert texts[2] == "Slower than the unpruned network at batch 1: 1 of 2 networks: l2 at 0.5 (0.50×)."
+    assert (
+        texts[0] == "The unpruned network has 1 k parameters and 2 k MACs per image "
+        "and reaches an accuracy of 0.950; one forward pass takes 2 ms at batch\u00a01 (median)."
+    )
+    assert texts[1] == (
+        "At ratio 0.5 of the MACs, l2 is best of 2 methods (0.020 ahead of l1): removed 50.0 % of the MACs and 40.0 % of the parameters, "
+        "accuracy 0.950 → 0.920 (−0.030), "
+        "0.50× the speed, slower than dense, at batch\u00a01 (p10 to p90: 0.44 to 0.62)."
+    )
+    assert texts[2] == "Slower than the unpruned network at batch\u00a01: 1 of 2 networks: l2 at 0.5 (0.50×)."
     assert "361 images: one image is 0.0028, and the standard error of an accuracy of 0.950 is 0.0115" in texts[3] and len(texts) == 4
 
 
@@ -128,7 +172,10 @@ def test_summary_warns_of_what_is_missing():
     assert "Latency was not measured" in warnings([{**DENSE, "latency_ms": None}, row(latency=None)])
     assert "No compressed network" in warnings([DENSE])
     assert "no speed-up" in warnings([row()])
-    level = sentences([row(seed=s, accuracy=a) for s, a in enumerate((0.90, 0.94))] + [row("l2", seed=s, accuracy=a) for s, a in enumerate((0.91, 0.92))], {})
+    level = sentences(
+        [row(seed=s, accuracy=a) for s, a in enumerate((0.90, 0.94))] + [row("l2", seed=s, accuracy=a) for s, a in enumerate((0.91, 0.92))],
+        {},
+    )
     assert any("(level with l2: their seeds overlap)" in sentence.text for sentence in level)
 
 
