@@ -45,7 +45,7 @@ def eigh(matrix: Tensor, name: str = "matrix", relative: float | None = None) ->
     relative = size * torch.finfo(torch.float64).eps if relative is None else relative
     values, vectors = _solve(matrix, name)
     largest = values.amax(-1, keepdim=True).clamp_min(0)
-    return Spectrum(vectors, torch.where(values > relative * largest, values, torch.zeros_like(values)))
+    return Spectrum(vectors.contiguous(), torch.where(values > relative * largest, values, torch.zeros_like(values)))
 
 
 def _solve(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:

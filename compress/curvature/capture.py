@@ -1,0 +1,92 @@
+"""Runs a network for statistics and leaves it as it was: hooks, flags, buffers and `.grad`, whatever the network raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+InputHook = Callable[[str, Tensor], None]
+OutputHook = Callable[[str, Tensor], Callable[[Tensor], None] | None]
+
+
+@contextmanager
+def preserved(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Evaluation mode (training mode on request), no parameter asks for a gradient; everything is restored afterwards.
+
+    Buffers are restored in value and identity. In training mode the global random state is restored too (dropout draws from it).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(module, name, buffer, buffer.detach().clone()) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if training:
+            devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
+            stack.enter_context(torch.random.fork_rng(sorted(devices)))
+        try:
+            # the fused attention path of evaluation mode would bypass the linear layers that it contains
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.train(training)
+            for parameter, _ in gradients:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            for module, flag in flags:
+                module.training = flag
+            for parameter, flag in gradients:
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    module._buffers[name] = buffer
+                    buffer.copy_(value)
+
+
+class Tape:
+    """Lets hooks see the inputs of chosen layers and the gradients of their outputs.
+
+    The gradients flow from the network's output to a scalar zero that is added to every layer output which nothing before made
+    differentiable; no gradient of a parameter is computed or stored.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], on_input: InputHook | None, on_output: OutputHook | None) -> None:
+        self._layers, self._on_input, self._on_output = layers, on_input, on_output
+        self._anchors: dict[torch.device, Tensor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Tape:
+        for name, module in self._layers.items():
+            if self._on_input is not None:
+                handle = module.register_forward_pre_hook(lambda _, args, kwargs, name=name: self._on_input(name, _first(args, kwargs)), with_kwargs=True)
+                self._stack.callback(handle.remove)
+            if self._on_output is not None:
+                self._stack.callback(module.register_forward_hook(lambda _, args, output, name=name: self._watch(name, output)).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._anchors.clear()
+
+    def _watch(self, name: str, output: Tensor) -> Tensor | None:
+        hook = self._on_output(name, output)
+        if hook is None or not torch.is_grad_enabled():
+            return None
+        anchored = None
+        if not output.requires_grad:
+            anchor = self._anchors.setdefault(output.device, torch.zeros((), device=output.device, requires_grad=True))
+            # a sum and not a view, so that operators in place may follow
+            output = anchored = output + anchor
+        output.register_hook(lambda gradient: hook(gradient.detach()))
+        return anchored
+
+    def backward(self, output: Tensor, cotangent: Tensor, retain: bool) -> None:
+        """Sends one cotangent back through the graph of `output`; the hooks see the gradients."""
+        if self._anchors and output.requires_grad:
+            torch.autograd.grad(output, list(self._anchors.values()), cotangent, retain_graph=retain, allow_unused=True)
+
+
+def _first(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
