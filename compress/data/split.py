@@ -28,7 +28,7 @@ def batch_bounds(images: int, batch_size: int, *, drop_last: bool = False, min_l
         return [(start, start + batch_size) for start in starts if start + batch_size <= images]
     if len(starts) > 1 and images - starts[-1] < min_last:
         starts.pop()
-    return list(zip(starts, [*starts[1:], images], strict=True))
+    return list(zip(starts, [*starts[1:], images], strict=False))
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:

@@ -70,7 +70,7 @@ class Dist:
             try:
                 collective(flat)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0].split(". ")[0]
                 raise RunError(f"Process {self.rank} of {self.world_size} lost a peer or waited for one too long ({reason}).") from error
             for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))

@@ -24,7 +24,8 @@ def train(distributed: Dist, checkpoint: Path | None = None, norm: bool = False,
         for parameter in model.parameters():
             parameter.data.add_(1.0)
     data = small_bundle(train=71, val=21)
-    history = fit(model, data, TrainConfig(**SETTINGS), batch_size=BATCH, seed=2, checkpoint=checkpoint, distributed=distributed, after_step=after_step)
+    options = {"checkpoint": checkpoint, "distributed": distributed, "after_step": after_step}
+    history = fit(model, data, TrainConfig(**SETTINGS), batch_size=BATCH, seed=2, **options)
     assert evaluate(model, data.test, 7, distributed=distributed)["accuracy"] == evaluate(model, data.test, 30)["accuracy"]
     return model, history
 

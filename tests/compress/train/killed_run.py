@@ -30,7 +30,8 @@ def train(checkpoint: Path | None, kind: str, pause: float = 0.0, after_step=Non
         if after_step is not None:
             after_step()
 
-    history = fit(model, small_bundle(), TrainConfig(epochs=EPOCHS, **KINDS[kind]), batch_size=16, seed=4, checkpoint=checkpoint, after_step=wait)
+    cfg = TrainConfig(epochs=EPOCHS, **KINDS[kind])
+    history = fit(model, small_bundle(), cfg, batch_size=16, seed=4, checkpoint=checkpoint, after_step=wait)
     return digest(model.state_dict()), [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
 

@@ -128,7 +128,8 @@ class Failing(nn.Module):
 def test_a_non_finite_step_changes_no_parameter(gradient_only, what):
     model, seen = Failing(3, gradient_only), []
     with pytest.raises(RunError, match=what) as error:
-        fit(model, DATA, TrainConfig(epochs=2, lr=0.25, schedule="constant", ema=0.9), batch_size=16, seed=0, after_step=lambda: seen.append(weights(model)))
+        cfg = TrainConfig(epochs=2, lr=0.25, schedule="constant", ema=0.9)
+        fit(model, DATA, cfg, batch_size=16, seed=0, after_step=lambda: seen.append(weights(model)))
     assert "epoch 1, step 3 of 5" in str(error.value) and "0.25" in str(error.value) and "\n" not in str(error.value)
     assert len(seen) == 2 and same(seen[-1], weights(model)) and not same(seen[0], seen[1])
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -37,7 +37,8 @@ def test_statistics_are_means_weighted_by_batch_size_and_the_rest_is_untouched()
     for norm, inputs in ((model[2], first), (model[4], [])):
         if not inputs:
             # The second BatchNorm sees what the first gave while it was measured: normalised by the batch's own statistics.
-            inputs = [torch.relu(nn.functional.batch_norm(x, None, None, model[2].weight, model[2].bias, True, 0.0, model[2].eps)) for x in first]
+            scale = model[2].weight, model[2].bias
+            inputs = [torch.relu(nn.functional.batch_norm(x, None, None, *scale, True, 0.0, model[2].eps)) for x in first]
         mean, var = weighted(inputs)
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(norm.running_var, var, rtol=1e-10, atol=1e-12)
