@@ -1,0 +1,153 @@
+"""Turns a packed format into a torch operator with a fake kernel, a FLOP formula and gradients.
+
+A packed matrix is a float tensor `values` (trainable, in the layout the kernel streams) and a list `index` of integer tensors. All that
+is needed besides the kernel is `positions(index, ...)`: for every element of `values` its place `row * columns + column` in the dense
+weight, or `rows * columns` for an element that stores nothing (padding). Everything else follows:
+
+    decode:    dense[positions] = values
+    gradient:  dW = (dL/dz)^T x, d values = dW[positions], 0 at padding
+
+so that the backward pass may be dense while the forward pass is not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import epilogue
+
+NAMESPACE = "compress_kernels"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Positions = Callable[[Tensor, Sequence[Tensor], int, int, Sequence[int]], Tensor]
+Launch = Callable[..., Tensor]
+
+LINEAR_SCHEMA = (
+    "(Tensor x, Tensor values, Tensor[] index, Tensor? scale, Tensor? bias, Tensor? residual, int rows, int columns, int kept, "
+    "int[] options, str activation) -> Tensor"
+)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (the environment variable TRITON_INTERPRET)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether a Triton kernel can run on `x`: an NVIDIA GPU, or any device under the interpreter."""
+    if x.is_cuda:
+        return torch.version.hip is None
+    return interpreted() and x.device.type == "cpu"
+
+
+def decode(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
+    """The dense matrix [rows, columns] in the dtype of `values`."""
+    flat = values.new_zeros(rows * columns + 1)
+    return flat.scatter(0, positions.reshape(-1), values.reshape(-1))[:-1].reshape(rows, columns)
+
+
+def take(dense: Tensor, positions: Tensor) -> Tensor:
+    """The entries of `dense` [rows, columns] at `positions`, 0 at padding."""
+    flat = torch.cat([dense.reshape(-1), dense.new_zeros(1)])
+    return flat[positions.reshape(-1)].reshape(positions.shape)
+
+
+def check_linear(x: Tensor, values: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None, rows: int, columns: int) -> None:
+    """One sentence for whatever would make the kernel read or write outside its buffers."""
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"the input has shape {list(x.shape)}, but its last dimension must be {columns}, the columns of the packed weight")
+    if values.dtype not in DTYPES:
+        raise TypeError(f"the packed values are {values.dtype}, but only bfloat16, float16 and float32 are supported")
+    expected = {"the input": x, **{name: t for name, t in vectors.items() if t is not None}}
+    if residual is not None:
+        expected["the residual"] = residual
+    for name, tensor in expected.items():
+        if tensor.dtype != values.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, but the packed weight is {values.dtype}: convert one of them")
+        if tensor.device != values.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the packed weight is on {values.device}: move one of them")
+    for name, tensor in vectors.items():
+        if tensor is not None and tuple(tensor.shape) != (rows,):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but one number per output row is needed: [{rows}]")
+
+
+def existing(name: str) -> Callable[..., Tensor] | None:
+    """The operator of that name, if this package was already imported under another module name."""
+    return getattr(getattr(torch.ops, NAMESPACE), name, None)
+
+
+def define_linear(name: str, positions: Positions, launch: Launch, direct: Callable[..., Tensor | None] | None = None) -> Callable[..., Tensor]:
+    """Registers `compress_kernels::<name>` (schema LINEAR_SCHEMA) and returns it.
+
+    `launch(x [N, columns], values, index, scale, bias, residual [N, rows] | None, rows, columns, options, activation) -> y [N, rows]` is
+    the Triton kernel. `direct`, same arguments, may compute the bare product [N, rows] where no Triton kernel runs; without it (or where
+    it returns None) the weight is decoded to dense. y has the shape of x with its last dimension replaced by `rows`.
+    """
+    found = existing(name)
+    if found is not None:
+        return found
+
+    def forward(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int, options, activation: str) -> Tensor:
+        check_linear(x, values, {"the scale": scale, "the bias": bias}, residual, rows, columns)
+        if activation not in epilogue.ACTIVATIONS:
+            raise ValueError(f"the activation {activation!r} is not one of {', '.join(epilogue.ACTIVATIONS)}")
+        shape = (*x.shape[:-1], rows)
+        if residual is not None and tuple(residual.shape) != shape:
+            raise ValueError(f"the residual has shape {list(residual.shape)}, but the output has {list(shape)}")
+        batch = math.prod(x.shape[:-1])
+        flat = x.reshape(batch, columns)
+        added = None if residual is None else residual.reshape(batch, rows)
+        if flat.shape[0] and rows and columns and runs_triton(x):
+            added = None if added is None else added.contiguous()
+            return launch(flat, values, index, scale, bias, added, rows, columns, options, activation).reshape(shape)
+        product = direct(flat, values, index, rows, columns, options) if direct is not None and flat.numel() and rows else None
+        if product is None:
+            product = flat @ decode(values, positions(values, index, rows, columns, options), rows, columns).t()
+        return epilogue.finish(product, scale, bias, added, activation).reshape(shape)
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=LINEAR_SCHEMA)
+
+    @op.register_fake
+    def _(x, values, index, scale, bias, residual, rows, columns, kept, options, activation):
+        return x.new_empty((*x.shape[:-1], rows))
+
+    def setup_context(ctx, inputs, output):
+        x, values, index, scale, bias, residual, ctx.rows, ctx.columns, _, ctx.options, ctx.activation = inputs
+        ctx.save_for_backward(x, values, scale, bias, residual, output if ctx.activation == "relu" else None, *index)
+
+    def backward(ctx, grad):
+        x, values, scale, bias, residual, output, *index = ctx.saved_tensors
+        rows, columns = ctx.rows, ctx.columns
+        places = positions(values, index, rows, columns, ctx.options)
+        weight = decode(values, places, rows, columns)
+        batch = math.prod(x.shape[:-1])
+        flat, grad = x.reshape(batch, columns), grad.reshape(batch, rows)
+        product = flat @ weight.t() if ctx.activation in ("gelu", "silu") or ctx.needs_input_grad[3] else None
+        if ctx.activation == "relu":
+            grad = grad * epilogue.slope(output.reshape(batch, rows), "relu")
+        elif ctx.activation != "none":
+            added = None if residual is None else residual.reshape(batch, rows)
+            grad = grad * epilogue.slope(epilogue.finish(product, scale, bias, added, "none"), ctx.activation)
+        needs = ctx.needs_input_grad
+        d_residual = grad.reshape(residual.shape) if residual is not None and needs[5] else None
+        d_bias = grad.sum(0) if bias is not None and needs[4] else None
+        d_scale = (grad * product).sum(0) if scale is not None and needs[3] else None
+        if scale is not None:
+            grad = grad * scale
+        d_x = (grad @ weight).reshape(x.shape) if needs[0] else None
+        d_values = take(grad.t() @ flat, places).reshape(values.shape) if needs[1] else None
+        return d_x, d_values, [None] * len(index), d_scale, d_bias, d_residual, None, None, None, None, None
+
+    op.register_autograd(backward, setup_context=setup_context)
+    overload = existing(name)
+
+    @register_flop_formula(overload)
+    def _(x_shape, values_shape, index, scale, bias, residual, rows, columns, kept, *args, out_shape=None, **kwargs) -> int:
+        return 2 * kept * math.prod(x_shape[:-1])
+
+    return overload

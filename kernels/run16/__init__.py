@@ -1,0 +1,1 @@
+"""Index-run format for unstructured masks and few columns; see README.md."""

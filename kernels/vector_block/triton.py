@@ -1,0 +1,133 @@
+"""Triton kernel for the vector-block format (reference.py): y = act(scale * (W x) + bias + residual) for any number of columns of x.
+
+One program owns one block of V rows, BN columns of x and one of SPLITS shares of the block's steps. A step loads a [STEP, V] panel
+(contiguous), STEP column numbers, gathers STEP rows of x (each BN contiguous elements) and multiplies on the tensor cores; the loop is
+software-pipelined, so gathers are asynchronous copies. Shares are summed in a fixed order by the last program to arrive.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device
+from ..operator import interpreted
+
+STAGES = 3
+ALIGN = 16
+WIDTHS = (16, 32, 64, 128)
+CONFIGS = tuple(
+    {"height": height, "step": 64, "width": width, "splits": splits, "warps": 8 if height * width >= 128 * 64 else 4}
+    for height in (64, 128)
+    for width in WIDTHS
+    for splits in (1, 4)
+    if height * width <= 128 * 64
+)
+
+
+@triton.jit
+def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, x_stride, y_row, y_column,
+                        V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+                        WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Grid (blocks, tiles of BN columns, SPLITS).
+
+    x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: element (row, column of x) at row * y_row + column * y_column;
+    partial: [SPLITS, blocks * V, tiles * BN] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
+    """
+    block = tl.load(order + tl.program_id(0))
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    first = tl.load(step_ptr + block)
+    last = tl.load(step_ptr + block + 1)
+    share = (last - first + SPLITS - 1) // SPLITS
+    low = tl.minimum(first + split * share, last)
+    high = tl.minimum(low + share, last)
+    v = tl.arange(0, V)
+    k = tl.arange(0, STEP)
+    column = tile * BN + tl.arange(0, BN)
+    panel = values + low.to(tl.int64) * (STEP * V) + k[:, None] * V + v[None, :]
+    kept += low.to(tl.int64) * STEP + k
+    inside = (column < x_stride)[None, :]
+    acc = tl.zeros([V, BN], tl.float32)
+    for _ in tl.range(low, high, num_stages=STAGES):
+        wanted = tl.load(kept)
+        w = tl.load(panel)
+        source = x + wanted.to(tl.int64)[:, None] * x_stride + column[None, :]
+        gathered = tl.load(source, mask=inside, other=0.0)
+        kept += STEP
+        panel += STEP * V
+        if WIDEN:
+            w = w.to(tl.float32)
+            gathered = gathered.to(tl.float32)
+        acc = tl.dot(tl.trans(w), gathered, acc, input_precision=PRECISION)
+
+    row = block * V + v
+    done = True
+    if SPLITS > 1:
+        across = tl.num_programs(1) * BN
+        size = tl.num_programs(0).to(tl.int64) * V * across
+        partial += block.to(tl.int64) * V * across + tile * BN
+        spot = v[:, None] * across + tl.arange(0, BN)[None, :]
+        tl.store(partial + split * size + spot, acc)
+        done = device.arrive(counter + block * tl.num_programs(1) + tile, SPLITS)
+    if done:
+        if SPLITS > 1:
+            acc = tl.zeros([V, BN], tl.float32)
+            for s in range(SPLITS):
+                acc += tl.load(partial + s * size + spot, cache_modifier=".cg")
+        corner = block.to(tl.int64) * V * y_row + tile.to(tl.int64) * BN * y_column
+        target = v[:, None] * y_row + tl.arange(0, BN)[None, :] * y_column
+        mask = (row < rows)[:, None] & (column < batch)[None, :]
+        z = device.finish(acc, row[:, None], target, mask, scale, bias, residual + corner, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+        tl.store(y + corner + target, z.to(y.dtype.element_ty), mask=mask)
+
+
+def width_for(batch: int, height: int, itemsize: int) -> int:
+    """Columns of x per program: the next power of two, at most 128, and 64 where registers would not hold the accumulator."""
+    limit = 128 if itemsize == 2 and height <= 64 else 64 if itemsize == 2 else 32
+    width = WIDTHS[0]
+    while width < batch and width < limit:
+        width *= 2
+    return width
+
+
+def splits_for(blocks: int, tiles: int, steps: int) -> int:
+    """Shares per block so that an H200 (132 multiprocessors) has two programs on each; a share keeps at least four steps."""
+    splits = 1
+    while splits < 16 and blocks * tiles * splits < 2 * 132 and steps // (splits * 2) >= 4:
+        splits *= 2
+    return splits
+
+
+def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
+           y: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """y [N, rows] for x [N, columns]; `options` is (width, splits, warps), 0 meaning the default.
+
+    `transposed`: x is [columns, N] and y (and residual) [rows, N], as a 1x1 convolution of one NCHW image needs it; otherwise x is
+    copied to that order first, which is small beside the weight. `y` may be given to be filled.
+    """
+    kept, step_ptr, order, _ = index
+    total, step, height = values.shape
+    source = x if transposed else x.t()
+    batch = source.shape[1]
+    stride = -(-batch // ALIGN) * ALIGN
+    source = source.contiguous() if stride == batch else torch.nn.functional.pad(source, (0, stride - batch))
+    y = x.new_empty((rows, batch) if transposed else (batch, rows)) if y is None else y
+    row_stride, column_stride = (batch, 1) if transposed else (1, rows)
+    blocks = order.numel()
+    width = options[0] or width_for(batch, height, values.element_size())
+    tiles = -(-batch // width)
+    splits = options[1] or splits_for(blocks, tiles, total // max(1, blocks))
+    warps = options[2] or (8 if height * width >= 128 * 64 else 4)
+    partial = x.new_empty(splits * blocks * height * tiles * width if splits > 1 else 1, dtype=torch.float32)
+    counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
+    precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    vector_block_kernel[(blocks, tiles, splits)](
+        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, y if residual is None else residual,
+        partial, counter, rows, batch, stride, row_stride, column_stride,
+        V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=precision, WIDEN=interpreted(),
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
+    )
+    return y

@@ -1,0 +1,75 @@
+"""Compiles the kernels for real GPUs and prints one JSON line per configuration (started by test_compile.py, without TRITON_INTERPRET).
+
+Usage: python -m tests.kernels.aot default|all [kernel ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+
+from .compiling import SHARED_LIMIT, build
+
+CAPABILITIES = (80, 90, 100)
+TYPES = ("bf16", "fp16", "fp32")
+FULL_EPILOGUE = {"HAS_SCALE": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "ACTIVATION": "gelu"}
+NO_EPILOGUE = {"HAS_SCALE": False, "HAS_BIAS": False, "HAS_RESIDUAL": False, "ACTIVATION": "none"}
+
+
+def run16(full: bool) -> Iterator[dict]:
+    from kernels.run16.triton import CONFIGS, run16_kernel
+
+    chosen = [(0, 0, 1, {"warps": 4, "splits": 2}), (0, 1, 1, {"warps": 4, "splits": 2}), (1, 0, 8, CONFIGS[0]), (2, 1, 4, CONFIGS[0])]
+    every = itertools.product(range(3), range(2), (1, 2, 4, 8), CONFIGS)
+    for (kind, coding, batch, config), capability in itertools.product(every if full else chosen, CAPABILITIES):
+        if not full and (kind or coding) and capability != 90:
+            continue
+        word = ("*fp32" if kind == 2 else "*i16") if batch == 1 else "*i64"
+        of_type = "*" + TYPES[kind]
+        pointers = {"x": word, "values": "*i64", "start": "*i16", "gaps": "*i64", "perm": "*i32", "slice_ptr": "*i32", "y": of_type, "scale": of_type,
+                    "bias": of_type, "residual": of_type, "partial": "*fp32", "counter": "*i32"}
+        constants = {"NP": batch, "KIND": kind, "CODING": coding, "WIDE": False, "WARPS": config["warps"], "SPLITS": config["splits"], **FULL_EPILOGUE}
+        built = build(run16_kernel, pointers, dict.fromkeys(("rows", "columns", "batch"), "i32"), constants, capability, config["warps"], loops=batch == 1)
+        body = max((len(loop) for loop in built.loops), default=0)
+        facts = {"per_nonzero": body / 16 if batch == 1 else None, "coding": coding, "kind": TYPES[kind]}
+        yield row("run16", f"{TYPES[kind]} coding {coding} N {batch} {config}", capability, built, config["warps"], **facts)
+
+
+def vector_block(full: bool) -> Iterator[dict]:
+    from kernels.vector_block.triton import CONFIGS, vector_block_kernel
+
+    chosen = [("bf16", c) for c in CONFIGS if c["splits"] == 1 and c["height"] == 64] + [("fp32", {**CONFIGS[0], "step": 32})]
+    every = ((kind, {**c, "step": 32} if kind == "fp32" else c) for kind in TYPES for c in CONFIGS)
+    for (kind, c), capability in itertools.product(every if full else chosen, CAPABILITIES):
+        if (kind == "fp32" and c["width"] > 32) or (not full and capability != 90 and c["width"] != 128):
+            continue
+        of_type = "*" + kind
+        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type, "bias": of_type,
+                    "residual": of_type, "partial": "*fp32", "counter": "*i32"}
+        scalars = dict.fromkeys(("rows", "batch", "x_stride", "y_row", "y_column"), "i32")
+        constants = {"V": c["height"], "STEP": c["step"], "BN": c["width"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee", "WIDEN": False, **FULL_EPILOGUE}
+        built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",))
+        yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
+
+
+KERNELS = {"run16": run16, "vector_block": vector_block}
+
+
+def row(kernel: str, case: str, capability: int, built, warps: int, **facts) -> dict:
+    return {"kernel": kernel, "case": case, "capability": capability, "registers": built.registers, "stack": built.stack, "local": built.local,
+            "shared": built.shared, "shared_limit": SHARED_LIMIT[capability], "threads": 32 * warps, "wgmma": "wgmma" in built.ptx,
+            "cp_async": "cp.async" in built.ptx, **facts}
+
+
+def main(arguments: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    for name in arguments[1:] or list(KERNELS):
+        for line in KERNELS[name](arguments[0] == "all"):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,95 @@
+"""Runs every kernel's cases in Triton's interpreter and prints one JSON line per case (started by test_interpreter.py).
+
+Usage: TRITON_INTERPRET=1 python -m tests.kernels.interpreted CASES_PER_KERNEL [kernel ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from kernels import epilogue, formats
+
+from .guarded import Guarded
+from .masks import PATTERNS, SPARSITIES, masked
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+KERNELS: dict[str, tuple[str, ...]] = {"run16": ("run16_kernel",), "vector_block": ("vector_block_kernel",)}
+
+
+def guard(name: str) -> list[Guarded]:
+    """Replaces the kernels of a format by guarded ones."""
+    module = importlib.import_module(f"kernels.{name}.triton")
+    stand_ins = []
+    for attribute in KERNELS[name]:
+        stand_in = Guarded(getattr(module, attribute))
+        setattr(module, attribute, stand_in)
+        stand_ins.append(stand_in)
+    return stand_ins
+
+
+def pick(generator: torch.Generator, *choices):
+    return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+
+def options(name: str, generator: torch.Generator) -> dict:
+    if name == "run16":
+        return {"coding": pick(generator, 0, 1), "warps": pick(generator, 1, 2, 4), "splits": pick(generator, 0, 1, 2, 3)}
+    if name == "vector_block":
+        return {"height": pick(generator, 16, 64), "step": pick(generator, 16, 32), "width": pick(generator, 0, 16), "splits": pick(generator, 0, 1, 3)}
+    return {}
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius distance; infinite where y is not finite."""
+    if not bool(torch.isfinite(y).all()):
+        return float("inf")
+    return float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30)) if bool(expected.any()) else float(y.double().abs().max())
+
+
+def linear_case(name: str, number: int) -> dict:
+    """One random case of `<name>_linear` against float64."""
+    generator = torch.Generator().manual_seed(7919 * number + 13)
+    dtype = DTYPES[number % 3]
+    rows, columns, batch = (pick(generator, *sizes) for sizes in ((1, 33, 48), (1, 40, 129), (1, 1, 1, 2, 3, 7, 9)))
+    pattern, sparsity = PATTERNS[number % len(PATTERNS)], SPARSITIES[number % len(SPARSITIES)]
+    columns = 700 if pattern == "far" else columns
+    weight = masked(rows, columns, sparsity, pattern, generator).to(dtype)
+    chosen = options(name, generator)
+    packed = formats.pack(name, weight, **chosen)
+    x = torch.randn(batch, columns, generator=generator).to(dtype)
+    if number % 4 == 0:
+        x = torch.randn(columns, batch, generator=generator).to(dtype).t()
+    vectors = [torch.randn(rows, generator=generator).to(dtype) if pick(generator, True, False) else None for _ in range(2)]
+    residual = torch.randn(batch, rows, generator=generator).to(dtype) if pick(generator, True, False) else None
+    activation = epilogue.ACTIVATIONS[number % 4]
+    op = formats.linear_operator(name)
+    y = op(x, packed.values, packed.index, *vectors, residual, rows, columns, packed.kept, list(packed.options), activation)
+    wide = [None if t is None else t.double() for t in (*vectors, residual)]
+    expected = epilogue.finish(x.double() @ weight.double().t(), *wide, activation)
+    same = number % 5 > 0 or torch.equal(
+        y, op(x, packed.values, packed.index, *vectors, residual, rows, columns, packed.kept, list(packed.options), activation)
+    )
+    case = f"{dtype} {rows}x{columns} batch {batch} {pattern} {sparsity} {chosen} {activation}"
+    return {"kernel": name, "case": case, "error": relative_error(y, expected), "tolerance": TOLERANCE[dtype], "same": same}
+
+
+def main(arguments: list[str]) -> None:
+    count, names = int(arguments[0]), arguments[1:] or list(KERNELS)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    for name in names:
+        stand_ins = guard(name)
+        for number in range(count):
+            print(json.dumps(linear_case(name, number)), flush=True)
+        print(json.dumps({"kernel": name, "launches": sum(s.launches for s in stand_ins)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

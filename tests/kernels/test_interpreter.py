@@ -1,0 +1,32 @@
+"""Oracle: float64 dense products of the same masked weights.
+
+The Triton kernels run in Triton's interpreter, in a process of their own, every buffer between guard bands and every output filled with
+NaN beforehand. Shapes, masks, dtypes, epilogues and kernel options are drawn per case number.
+"""
+
+from collections import Counter
+
+import pytest
+
+from .subprocesses import json_lines
+
+pytest.importorskip("triton")
+
+
+def check(lines: list[dict], count: int) -> None:
+    cases = [line for line in lines if "case" in line]
+    launches = {line["kernel"]: line["launches"] for line in lines if "launches" in line}
+    counts = Counter(case["kernel"] for case in cases)
+    assert counts == dict.fromkeys(launches, count)
+    assert all(n >= count // 2 for n in launches.values()), launches
+    assert [case for case in cases if not case["error"] <= case["tolerance"]] == []
+    assert [case for case in cases if not case["same"]] == []
+
+
+def test_thirty_cases_per_kernel(tmp_path):
+    check(json_lines("interpreted", "30", interpret=True, cache=tmp_path), 30)
+
+
+@pytest.mark.slow
+def test_three_hundred_cases_per_kernel(tmp_path):
+    check(json_lines("interpreted", "300", interpret=True, cache=tmp_path), 300)

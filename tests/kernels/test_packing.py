@@ -1,0 +1,101 @@
+"""Oracle: the dense matrix itself; unpacking must return it bit for bit, and exactly the kept entries may be addressed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import formats
+
+from .masks import PATTERNS, masked
+
+LINEAR = ("run16", "vector_block")
+VARIANTS = {
+    "run16": st.fixed_dictionaries({"coding": st.sampled_from((0, 1))}),
+    "vector_block": st.fixed_dictionaries({"height": st.sampled_from((16, 32, 64)), "step": st.sampled_from((16, 32))}),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+@st.composite
+def matrices(draw):
+    rows, columns = draw(st.integers(0, 70)), draw(st.sampled_from((0, 1, 15, 16, 17, 64, 257, 1100)))
+    pattern, sparsity = draw(st.sampled_from(PATTERNS)), draw(st.sampled_from((0.0, 0.5, 0.9, 0.995, 1.0)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return masked(rows, columns, sparsity, pattern, generator).to(draw(st.sampled_from(DTYPES)))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), weight=matrices())
+def test_unpack_returns_the_same_bits(name, data, weight):
+    packed = formats.pack(name, weight, **data.draw(VARIANTS[name]))
+    places = formats.positions(packed)
+    addressed = places[places < weight.numel()].sort().values
+    assert torch.equal(bits(formats.unpack(packed)), bits(weight))
+    assert torch.equal(addressed, (weight.reshape(-1) != 0).nonzero().reshape(-1))
+    assert packed.kept == int((weight != 0).sum())
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_mask_keeps_zero_valued_weights_trainable(name):
+    weight = torch.zeros(20, 400)
+    mask = torch.rand(20, 400) < 0.2
+    packed = formats.pack(name, weight, mask)
+    places = formats.positions(packed)
+    assert torch.equal(places[places < weight.numel()].sort().values, mask.reshape(-1).nonzero().reshape(-1))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_nan_and_infinite_weights_are_kept(name):
+    weight = torch.zeros(5, 40)
+    weight[1, 3], weight[4, 39], weight[0, 0] = float("nan"), float("inf"), -1.5
+    assert torch.equal(bits(formats.unpack(formats.pack(name, weight))), bits(weight))
+
+
+def test_run16_gaps_beyond_a_byte_and_columns_beyond_16_bits():
+    for columns in (65536, 65537, 100_000):
+        weight = torch.zeros(3, columns)
+        weight[0, [0, 1, 299, 600, columns - 1]] = torch.arange(1.0, 6.0)
+        weight[2, columns - 1] = 7.0
+        for coding in (0, 1):
+            packed = formats.pack("run16", weight, coding=coding)
+            assert packed.index[0].dtype == (torch.int32 if columns > 65536 else torch.int16)
+            assert torch.equal(formats.unpack(packed), weight)
+
+
+def test_run16_bytes_match_the_format_document():
+    """The cost model of kernels/run16/README.md: 21 bits per stored entry in nibbles, 25 in bytes, plus padding."""
+    generator = torch.Generator().manual_seed(3)
+    for sparsity, coding, low, high in ((0.5, 0, 21, 22), (0.9, 1, 25, 27)):
+        weight = masked(1024, 2048, sparsity, "random", generator).bfloat16()
+        packed = formats.pack("run16", weight, coding=coding)
+        assert low <= 8 * packed.bytes / packed.kept <= high
+
+
+def test_vector_block_streams_only_kept_vectors():
+    generator = torch.Generator().manual_seed(4)
+    weight = masked(128, 8192, 0.8, "blocks", generator, height=64).bfloat16()
+    packed = formats.pack("vector_block", weight, height=64)
+    dense = weight.numel() * 2
+    assert packed.bytes == pytest.approx(dense * 0.2 * (1 + 32 / (16 * 64)), rel=0.08)
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("run16", {}, "a matrix is needed"),
+    ("vector_block", {}, "a matrix is needed"),
+])
+def test_a_tensor_that_is_no_matrix_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        formats.pack(name, torch.ones(2, 2, 2), **options)
+
+
+def test_unknown_format_and_block_height_are_refused():
+    with pytest.raises(ValueError, match="not one of"):
+        formats.pack("bitmap", torch.ones(2, 2))
+    with pytest.raises(ValueError, match="power of two"):
+        formats.pack("vector_block", torch.ones(2, 2), height=24)
