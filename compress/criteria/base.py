@@ -15,7 +15,7 @@ because many layers write to it. Estimates of the loss add up over members by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +29,8 @@ from compress.registry import nearest
 Normalize = Literal["none", "l2", "mean", "max", "sum"]
 Aggregate = Literal["mean", "sum", "max"]
 Loss = Callable[[Any, Any], Tensor]
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+Picked = list[tuple[Any, list[Any]]]
 
 
 class Options(Section):
@@ -52,11 +54,12 @@ class MagnitudeOptions(LayerOptions):
 
 
 class Criterion:
-    """A channel criterion; subclasses set `name`, `needs_data`, `Options` and write `measure`."""
+    """A channel criterion; subclasses set `name`, `needs_data`, `Options` and write `members` and `measure`."""
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = False
     Options: ClassVar[type[Options]] = Options
+    lacks: ClassVar[str] = "no convolution or linear layer produces its channels"
 
     @classmethod
     def score(cls, graph: Any, model: nn.Module, batches: Iterable[tuple[Any, Any]] | None = None, loss_fn: Loss | None = None,
@@ -74,35 +77,47 @@ class Criterion:
         Raises
         ------
         UserError: unknown or invalid options, no data where data is needed, a group with nothing to measure (unless
-            `missing="keep"`, which leaves it out of the result), scores that are not numbers.
+            `missing="keep"`, which leaves it out of the result), scores that are not finite.
         """
         chosen = cls.parse(options)
         if cls.needs_data and (batches is None or loss_fn is None):
             raise UserError(f"Criterion {cls.name!r} needs calibration batches and a loss function, and got none.")
-        scores: dict[str, Tensor] = {}
-        for group, value in cls.measure(graph, model, batches, loss_fn, generator, chosen):
-            if value is None:
-                if chosen.missing == "error":
-                    raise UserError(f"Criterion {cls.name!r} finds nothing to measure in channel group {group.name!r} ({cls.lacks()}); "
-                                    f'exclude that layer, use another criterion, or set the option `missing` to "keep".')
-                continue
+        picked = cls._pick(graph, model, chosen)
+        scores = {}
+        for (group, _), value in zip(picked, cls.measure(picked, model, batches, loss_fn, generator, chosen), strict=True):
             value = value.detach().to(device="cpu", dtype=torch.float64)
-            if torch.isnan(value).any():
-                raise UserError(f"Criterion {cls.name!r} gives scores that are not numbers for layer {group.name!r}: "
+            if not torch.isfinite(value).all():
+                raise UserError(f"Criterion {cls.name!r} gives scores that are not finite numbers for layer {group.name!r}: "
                                 "its weights, the calibration data or the loss hold NaN or infinite values.")
             scores[group.name] = value
         return scores
 
     @classmethod
-    def measure(cls, graph: Any, model: nn.Module, batches: Any, loss_fn: Any, generator: Any,
-                options: Any) -> Iterator[tuple[Any, Tensor | None]]:
-        """Yield (group, scores [size]) for every prunable group; None where there is nothing to measure."""
+    def check(cls, graph: Any, model: nn.Module, **options: Any) -> None:
+        """Raise, without data, the UserError that `score` would raise for the options or for a group with nothing to measure."""
+        cls._pick(graph, model, cls.parse(options))
+
+    @classmethod
+    def members(cls, group: Any, owners: dict[str, nn.Module], options: Any) -> list[Any]:
+        """The members of `group` that are measured; `owners` maps the name of a parameter or buffer to the module that holds it."""
         raise NotImplementedError
 
     @classmethod
-    def lacks(cls) -> str:
-        """Half a sentence: what a group with nothing to measure lacks."""
-        return "no convolution or linear layer produces its channels"
+    def measure(cls, picked: Picked, model: nn.Module, batches: Any, loss_fn: Any, generator: Any, options: Any) -> Iterable[Tensor]:
+        """The scores [size] of each picked group, in order; `picked` holds (group, its measured members)."""
+        raise NotImplementedError
+
+    @classmethod
+    def _pick(cls, graph: Any, model: nn.Module, options: Any) -> Picked:
+        owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
+                  for name in (*module._parameters, *module._buffers)}
+        every = [(group, cls.members(group, owners, options)) for group in graph.groups if group.prunable]
+        empty = [group.name for group, members in every if not members]
+        if empty and options.missing == "error":
+            more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+            raise UserError(f"Criterion {cls.name!r} finds nothing to measure in channel group {empty[0]!r}{more} ({cls.lacks}); "
+                            f'exclude these layers, use another criterion, or set its option `missing` to "keep".')
+        return [(group, members) for group, members in every if members]
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Any:
@@ -119,11 +134,6 @@ def _sentence(criterion: type[Criterion], fault: Any) -> str:
         known = sorted(criterion.Options.model_fields)
         return f"Criterion {criterion.name!r} has no option {key!r}{nearest(key, known)}; known: {', '.join(known)}."
     return f"Option {key!r} of criterion {criterion.name!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
-
-
-def prunable(graph: Any) -> list[Any]:
-    """The groups of `graph` from which channels may be removed, in the graph's order."""
-    return [group for group in graph.groups if group.prunable]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -145,10 +155,8 @@ def normalize(values: Tensor, how: Normalize) -> Tensor:
     return values if float(norm) == 0 else values / norm
 
 
-def aggregate(values: list[Tensor], how: Aggregate) -> Tensor | None:
-    """One value per channel [size] out of one per member and channel; None where there is no member."""
-    if not values:
-        return None
+def aggregate(values: list[Tensor], how: Aggregate) -> Tensor:
+    """One value per channel [size] out of one per member and channel."""
     stacked = torch.stack(values)
     return {"mean": lambda v: v.mean(0), "sum": lambda v: v.sum(0), "max": lambda v: v.amax(0)}[how](stacked)
 
@@ -164,10 +172,12 @@ class Magnitude(Criterion):
         raise NotImplementedError
 
     @classmethod
-    def measure(cls, graph, model, batches, loss_fn, generator, options):
+    def members(cls, group, owners, options):
+        return [member for member in group.members if member.role == "out" or (options.consumers and member.role == "in")]
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
         named = tensors(model)
-        roles = ("out", "in") if options.consumers else ("out",)
-        for group in prunable(graph):
-            values = [normalize(cls.layer(slices(named[m.parameter], m.dim, m.indices)), options.normalize)
-                      for m in group.members if m.role in roles]
-            yield group, aggregate(values, options.aggregate)
+        for _, members in picked:
+            yield aggregate([normalize(cls.layer(slices(named[m.parameter], m.dim, m.indices)), options.normalize) for m in members],
+                            options.aggregate)

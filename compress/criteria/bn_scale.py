@@ -12,7 +12,7 @@ from pydantic import Field
 from torch.nn.modules.batchnorm import _NormBase
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate, normalize, prunable, slices, tensors
+from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate, normalize, slices, tensors
 
 
 class BnScaleOptions(LayerOptions):
@@ -28,16 +28,15 @@ class BnScale(Criterion):
     name = "bn_scale"
     Options = BnScaleOptions
 
-    @classmethod
-    def lacks(cls) -> str:
-        return "it has no BatchNorm scale"
+    lacks = "it has no BatchNorm scale"
 
     @classmethod
-    def measure(cls, graph, model, batches, loss_fn, generator, options):
+    def members(cls, group, owners, options):
+        return [m for m in group.members if isinstance(owners.get(m.parameter), _NormBase) and m.parameter.rpartition(".")[2] == "weight"]
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
         named = tensors(model)
-        scales = {f"{name}.weight" if name else "weight" for name, module in model.named_modules(remove_duplicate=False)
-                  if isinstance(module, _NormBase) and module.weight is not None}
-        for group in prunable(graph):
-            values = [normalize(slices(named[m.parameter], m.dim, m.indices).abs().mean(1), options.normalize)
-                      for m in group.members if m.role == "param" and m.parameter in scales]
-            yield group, aggregate(values, options.aggregate)
+        for _, members in picked:
+            yield aggregate([normalize(slices(named[m.parameter], m.dim, m.indices).abs().mean(1), options.normalize) for m in members],
+                            options.aggregate)

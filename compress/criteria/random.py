@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, prunable
+from compress.criteria.base import Criterion
 from compress.errors import UserError
 
 
@@ -19,8 +19,12 @@ class Random(Criterion):
     name = "random"
 
     @classmethod
-    def measure(cls, graph, model, batches, loss_fn, generator, options):
+    def members(cls, group, owners, options):
+        return group.members
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
         if generator is None:
             raise UserError("Criterion 'random' needs a generator, and got none.")
-        for group in prunable(graph):
-            yield group, torch.rand(group.size, generator=generator, dtype=torch.float64, device=generator.device)
+        for group, _ in picked:
+            yield torch.rand(group.size, generator=generator, dtype=torch.float64, device=generator.device)

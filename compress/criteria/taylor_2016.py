@@ -26,15 +26,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate, normalize, prunable
+from compress.criteria.base import NORMS, Criterion, LayerOptions, Normalize, aggregate, normalize
 from compress.criteria.linearize import check_scalar, samples
 from compress.errors import UserError
 from compress.undisturbed import arguments, differentiable, undisturbed
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAST = (nn.Linear, nn.LayerNorm)
 
 
 class Taylor2016Options(LayerOptions):
@@ -63,17 +61,22 @@ class Taylor2016(Criterion):
     needs_data = True
     Options = Taylor2016Options
 
-    @classmethod
-    def lacks(cls) -> str:
-        return "no normalisation, convolution or linear module whose output carries its channels ran in the forward pass"
+    lacks = "no normalisation, convolution or linear module carries its channels in its output"
 
     @classmethod
-    def measure(cls, graph, model, batches, loss_fn, generator, options):
-        modules = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules(remove_duplicate=False)}
-        groups = prunable(graph)
-        chosen = {group.name: _sites(group, modules, options.site) for group in groups}
-        sites = {id(module): Site(module) for members in chosen.values() for _, module in members}
-        sums: dict[tuple[str, int], Tensor] = {}
+    def members(cls, group, owners, options):
+        norms = [m for m in group.members if isinstance(module := owners.get(m.parameter), NORMS)
+                 and m.parameter.rpartition(".")[2] == "weight" and module.weight.dim() == 1]
+        if norms and options.site == "norm":
+            return norms
+        return [m for m in group.members if m.role == "out" and _carries(owners.get(m.parameter), m.dim)]
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        measured = [[(member, modules[member.parameter.rpartition(".")[0]]) for member in members] for _, members in picked]
+        sites = {id(module): Site(module) for pairs in measured for _, module in pairs}
+        sums: dict[tuple[int, int], Tensor] = {}
         total = 0
         with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), _gated(sites):
             for parameter in model.parameters():
@@ -81,27 +84,20 @@ class Taylor2016(Criterion):
             for inputs, targets in map(differentiable, batches):
                 count = samples(inputs)
                 total += count
-                for key, gradient in _gradients(model, sites, arguments(inputs), targets, loss_fn).items():
-                    for group in groups:
-                        for i, (member, module) in enumerate(chosen[group.name]):
-                            if id(module) == key:
-                                value = count * gradient[:, member.indices.to(gradient.device)].mean(2)
-                                sums[group.name, i] = sums.get((group.name, i), 0) + value.abs().sum(0).cpu()
+                gradients = _gradients(model, sites, arguments(inputs), targets, loss_fn)
+                for g, pairs in enumerate(measured):
+                    for i, (member, module) in enumerate(pairs):
+                        if (gradient := gradients.get(id(module))) is not None:
+                            value = count * gradient[:, member.indices.to(gradient.device)].mean(2)
+                            sums[g, i] = sums.get((g, i), 0) + value.abs().sum(0).cpu()
         if total == 0:
             raise UserError("Criterion 'taylor_2016' needs calibration images, and got no batch.")
-        for group in groups:
-            values = [normalize(sums[group.name, i] / total, options.normalize)
-                      for i in range(len(chosen[group.name])) if (group.name, i) in sums]
-            yield group, aggregate(values, options.aggregate)
-
-
-def _sites(group: Any, modules: dict[str, nn.Module], site: str) -> list[tuple[Any, nn.Module]]:
-    norms = [(m, modules[m.parameter]) for m in group.members
-             if m.role == "param" and isinstance(modules.get(m.parameter), _NORMS)]
-    if norms and site == "norm":
-        return norms
-    return [(m, modules[m.parameter]) for m in group.members
-            if m.role == "out" and _carries(modules.get(m.parameter), m.dim)]
+        for g, (group, members) in enumerate(picked):
+            values = [normalize(sums[g, i] / total, options.normalize) for i in range(len(members)) if (g, i) in sums]
+            if not values:
+                raise UserError(f"Criterion 'taylor_2016' finds nothing to measure in channel group {group.name!r} (its modules never ran "
+                                "by themselves in the forward pass); exclude that layer or use another criterion.")
+            yield aggregate(values, options.aggregate)
 
 
 def _carries(module: nn.Module | None, dim: int) -> bool:
@@ -137,12 +133,11 @@ def _gated(sites: dict[int, Site]) -> Iterator[None]:
 
 
 def _hook(site: Site) -> Any:
-    axis = -1 if isinstance(site.module, _LAST) else 1
-
     def gate(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if len(output) % site.samples:
             raise UserError(f"Criterion 'taylor_2016' cannot tell the samples apart in a {type(module).__name__}: its output has "
                             f"{len(output)} rows for a batch of {site.samples}.")
+        axis = _axis(module, output)
         if site.gate is None:
             site.gate = output.new_ones(site.samples, output.shape[axis]).requires_grad_(True)
         site.positions += output.numel() // site.gate.numel()
@@ -152,3 +147,18 @@ def _hook(site: Site) -> Any:
         return output * site.gate.repeat_interleave(len(output) // site.samples, 0).reshape(shape)
 
     return gate
+
+
+def _axis(module: nn.Module, output: Tensor) -> int:
+    """The dimension of a module's output that holds its channels."""
+    channels = module.weight.shape[1 if isinstance(module, _TRANSPOSED) else 0]
+    if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm:
+        candidates = (-1,)
+    else:
+        # Subclasses of LayerNorm may normalise images [n, c, h, w] over c.
+        candidates = (1, -1) if isinstance(module, nn.LayerNorm) else (1,)
+    for axis in candidates:
+        if output.dim() > 1 and output.shape[axis] == channels:
+            return axis
+    raise UserError(f"Criterion 'taylor_2016' cannot find the {channels} channels of a {type(module).__name__} in its output of "
+                    f"shape {tuple(output.shape)}.")

@@ -16,14 +16,13 @@ Scores are squared losses, so they compare over layers as they are (`normalize="
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, Normalize, Options, normalize, prunable
+from compress.criteria.base import NORMS, Criterion, Normalize, Options, normalize
 from compress.criteria.linearize import batch_products
 from compress.errors import UserError
 
@@ -43,34 +42,25 @@ class TaylorFo(Criterion):
     needs_data = True
     Options = TaylorFoOptions
 
-    @classmethod
-    def lacks(cls) -> str:
-        return "it has no slices of the kind that the option `slices` names"
+    lacks = "it has no slices of the kind that the option `slices` names"
 
     @classmethod
-    def measure(cls, graph, model, batches, loss_fn, generator, options):
-        groups = prunable(graph)
-        chosen = {group.name: members for group in groups if (members := _members(group, model, options.slices))}
-        squares = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    def members(cls, group, owners, options):
+        if options.slices == "norm":
+            return [m for m in group.members if isinstance(owners.get(m.parameter), NORMS)
+                    and m.parameter.rpartition(".")[2] in ("weight", "bias")]
+        role = {"gate": "in", "producer": "out"}[options.slices]
+        return [m for m in group.members if m.role == role]
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
+        squares = {group.name: torch.zeros(group.size, dtype=torch.float64) for group, _ in picked}
         total = 0
-        if chosen:
-            for count, products in batch_products(model, chosen, batches, loss_fn):
-                total += count
-                for name, value in products.items():
-                    squares[name] += count * value**2
-            if total == 0:
-                raise UserError("Criterion 'taylor_fo' needs calibration images, and got no batch.")
-        for group in groups:
-            yield group, normalize(squares[group.name] / total, options.normalize) if group.name in chosen else None
-
-
-def _members(group: Any, model: nn.Module, kind: str) -> list[Any]:
-    if kind == "norm":
-        trained = {f"{name}.{own}" for name, module in model.named_modules(remove_duplicate=False)
-                   if isinstance(module, _NORMS) for own, _ in module.named_parameters(recurse=False)}
-        return [m for m in group.members if m.role == "param" and m.parameter in trained]
-    role = {"gate": "in", "producer": "out"}[kind]
-    return [m for m in group.members if m.role == role]
-
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+        for count, products in batch_products(model, {group.name: members for group, members in picked}, batches, loss_fn):
+            total += count
+            for name, value in products.items():
+                squares[name] += count * value**2
+        if total == 0:
+            raise UserError("Criterion 'taylor_fo' needs calibration images, and got no batch.")
+        for group, _ in picked:
+            yield normalize(squares[group.name] / total, options.normalize)

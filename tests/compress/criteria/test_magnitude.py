@@ -133,6 +133,9 @@ def test_a_group_without_a_norm_is_refused_or_kept():
     graph.groups[1].members = [m for m in graph.groups[1].members if "bn2" not in m.parameter]
     with pytest.raises(UserError, match="'conv2.weight'.*no BatchNorm"):
         CRITERIA["bn_scale"].score(graph, make_net())
+    with pytest.raises(UserError, match="'conv2.weight'.*no BatchNorm"):
+        CRITERIA["bn_scale"].check(graph, make_net())
+    CRITERIA["bn_scale"].check(graph, make_net(), missing="keep")
     assert set(CRITERIA["bn_scale"].score(graph, make_net(), missing="keep")) == {"conv1.weight"}
 
 

@@ -243,6 +243,26 @@ def test_windows_in_the_batch_and_repeated_calls():
     assert torch.allclose(scores["conv1.weight"], expected, rtol=1e-9)
 
 
+class ImageNorm(nn.LayerNorm):
+    """LayerNorm over the channels of images [n, c, h, w]."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("norm, shape, axis", [(ImageNorm(4), (2, 4, 3, 4), 1), (nn.LayerNorm(4), (2, 4, 3, 4), -1),
+                                               (nn.GroupNorm(2, 4), (2, 4, 3, 3), 1), (nn.BatchNorm1d(4), (2, 4), 1)])
+def test_every_kind_of_normalisation_is_measured_at_its_channel_axis(norm, shape, axis):
+    graph, x = make_graph(), torch.randn(shape, dtype=torch.float64)
+    graph.groups = graph.groups[:1]
+    graph.groups[0].members = [m for m in graph.groups[0].members if m.parameter == "bn1.weight"]
+    graph.groups[0].members[0].parameter = "weight"
+    model = norm.double()
+    scores = CRITERIA["taylor_2016"].score(graph, model, [(x, None)], lambda out, y: (out**3).flatten(1).sum(1).mean(), normalize="none")
+    z = model.eval()(x).detach().movedim(axis, 1).reshape(2, 4, -1)
+    assert torch.allclose(scores["conv1.weight"], (3 * z**3).mean(2).abs().mean(0), rtol=1e-9)
+
+
 @pytest.mark.parametrize("layer, shape", [(nn.ConvTranspose2d(3, 4, 2, stride=2), (2, 3, 6, 6)), (nn.Conv1d(3, 4, 3), (2, 3, 6)),
                                           (nn.Linear(3, 4), (2, 5, 3))])
 def test_every_kind_of_producer_is_measured_at_its_channel_axis(layer, shape):
@@ -266,3 +286,23 @@ def test_a_channel_with_several_feature_maps_is_their_signed_mean():
     z = model(x).detach()
     expected = [(3 * z[:, :, pair] ** 3).mean((1, 2)).abs().mean().item() for pair in ([0, 3], [2, 1])]
     assert scores["conv1.weight"].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+class Bypassed(nn.Module):
+    """Reads a layer's weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4).double()
+
+    def forward(self, x):
+        return x @ self.linear.weight.T
+
+
+def test_a_layer_that_never_runs_as_a_module_is_named():
+    graph = make_graph()
+    graph.groups = graph.groups[:1]
+    graph.groups[0].members = graph.groups[0].members[:1]
+    graph.groups[0].members[0].parameter = "linear.weight"
+    with pytest.raises(UserError, match="'conv1.weight'.*never ran"):
+        CRITERIA["taylor_2016"].score(graph, Bypassed(), [(torch.randn(2, 3, dtype=torch.float64), None)], lambda out, y: out.sum())
