@@ -121,7 +121,8 @@ def _gain(rows: Sequence[Row], group: Group) -> str:
         if gain is None:
             continue
         slower = ", slower than dense," if gain.mean < 1 else ""
-        spread = f"p10 to p90: {gain.low:.2f} to {gain.high:.2f}"
+        doubt = "within the spread, " if gain.low <= 1 <= gain.mean else ""
+        spread = f"{doubt}p10 to p90: {gain.low:.2f} to {gain.high:.2f}"
         parts.append(f"{gain.mean:.2f}\N{MULTIPLICATION SIGN} the speed{slower} at {timing_label(timed)} ({spread})")
     return f", {' and '.join(parts)}" if parts else ""
 

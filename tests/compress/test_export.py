@@ -10,6 +10,7 @@ from torch import nn
 from compress import export
 from compress.errors import RunError, UserError
 from compress.export import save_exported, to_exported_program, to_onnx
+from compress.graph import trace
 from models import build
 
 
@@ -148,7 +149,10 @@ def test_missing_packages_name_the_pip_command(net, tmp_path, monkeypatch):
     "name, shape",
     [("resnet20", (1, 8, 8)), ("vgg16", (3, 32, 32)), ("torchvision/mobilenet_v2", (3, 64, 64)), ("torchvision/resnet18", (3, 64, 64))],
 )
-def test_networks_of_the_registry_in_onnxruntime(name, shape, tmp_path):
+def test_pruned_networks_of_the_registry_in_onnxruntime(name, shape, tmp_path):
     pytest.importorskip("onnxruntime")
     model = build(name, 10, in_channels=shape[0]) if "/" not in name else build(name, 10)
-    assert to_onnx(model, torch.randn(1, *shape), tmp_path / "net.onnx") <= 1e-4
+    example = torch.randn(2, *shape)
+    graph = trace(model, example)
+    graph.prune(model, {group.name: torch.arange(0, group.size, 3) for group in graph.groups if group.prunable})
+    assert to_onnx(model, example, tmp_path / "net.onnx") <= 1e-4

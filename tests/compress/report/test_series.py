@@ -162,6 +162,11 @@ def test_summary_is_computed_from_the_rows():
     assert "361 images: one image is 0.0028, and the standard error of an accuracy of 0.950 is 0.0115" in texts[3] and len(texts) == 4
 
 
+def test_a_speedup_within_the_spread_is_called_so():
+    text = " ".join(sentence.text for sentence in sentences([DENSE, row(latency=(1.9, 1.5, 2.2))], {}))
+    assert "1.05× the speed at batch\u00a01 (within the spread, p10 to p90: 0.82 to 1.60)" in text
+
+
 def test_summary_warns_of_what_is_missing():
     def warnings(rows):
         return " ".join(sentence.text for sentence in sentences(rows, {}) if sentence.warning)
