@@ -62,7 +62,7 @@ def draw(chart: Chart) -> Figure:
     axes.set(xlim=chart.x_limits, ylim=chart.y_limits, xlabel=chart.x_label, ylabel=chart.y_label)
     axes.set_xticks(chart.x_ticks, [tick_text(tick) for tick in chart.x_ticks])
     axes.set_yticks(chart.y_ticks, [tick_text(tick) for tick in chart.y_ticks])
-    axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold", color=INK, parse_math=False)
+    axes.set_title(chart.title, loc="left", pad=12, fontsize=11, fontweight="bold", color=INK, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     names = [one.name for one in chart.series]
     if names != [DENSE]:
