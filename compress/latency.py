@@ -81,7 +81,7 @@ def latency(model: nn.Module, example_inputs: Any, seconds: float = 0.3, threads
 def latencies(model: nn.Module, example_inputs: Any, seconds: float = 0.3, threads: int | None = None) -> dict[str, Latency]:
     """`latency` in every mode that there is: "eager", and on CUDA "graph" unless the network cannot be captured."""
     result = {"eager": latency(model, example_inputs, seconds, threads)}
-    if _on_cuda(arguments(example_inputs)):
+    if _cuda_device(arguments(example_inputs)) is not None:
         with contextlib.suppress(RunError):
             result["graph"] = latency(model, example_inputs, seconds, threads, "graph")
     return result
@@ -112,17 +112,17 @@ def compare(models: dict[str, nn.Module], example_inputs: Any, seconds: float = 
 def prepared(model: nn.Module, example_inputs: Any, threads: int | None, mode: str) -> Iterator[Callable[[float], list[float]]]:
     """A function that measures for so many seconds (at least once) and returns the values, in seconds per run."""
     inputs = arguments(example_inputs)
-    cuda = _on_cuda(inputs)
-    if mode not in ("eager", "graph") or (mode == "graph" and not cuda):
+    device = _cuda_device(inputs)
+    if mode not in ("eager", "graph") or (mode == "graph" and device is None):
         raise UserError(f"Latency is measured in mode 'eager', or 'graph' on a CUDA device, and mode {mode!r} was asked for "
-                        f"on {'CUDA' if cuda else 'a CPU'}.")
+                        f"on {'CUDA' if device else 'a CPU'}.")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with undisturbed(model), torch.inference_mode():
+        with undisturbed(model), torch.inference_mode(), torch.cuda.device(device) if device else contextlib.nullcontext():
             for _ in range(_WARM_UP):
                 model(*inputs)
-            if not cuda:
+            if device is None:
                 yield _cpu(model, inputs, threads or before)
             elif mode == "eager":
                 yield _cuda_eager(model, inputs)
@@ -199,16 +199,15 @@ def peak_memory(model: nn.Module, example_inputs: Any) -> int:
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in given)}
     fixed = sum(storages.values())
     with undisturbed(model), torch.inference_mode():
-        if _on_cuda(inputs):
-            return fixed + _cuda_peak(model, inputs)
+        if (device := _cuda_device(inputs)) is not None:
+            return fixed + _cuda_peak(model, inputs, device)
         tracker = _LiveBytes(set(storages))
         with tracker:
             model(*inputs)
         return fixed + tracker.peak
 
 
-def _cuda_peak(model: nn.Module, inputs: tuple) -> int:
-    device = next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda)
+def _cuda_peak(model: nn.Module, inputs: tuple, device: torch.device) -> int:
     model(*inputs)
     gc.collect()
     torch.cuda.synchronize(device)
@@ -240,5 +239,5 @@ class _LiveBytes(TorchDispatchMode):
         return result
 
 
-def _on_cuda(inputs: tuple) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(inputs))
+def _cuda_device(inputs: tuple) -> torch.device | None:
+    return next((leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_cuda), None)

@@ -1,4 +1,4 @@
-"""Oracle: finite differences of the loss, loops over samples with `backward`, and the identity of a gate behind BatchNorm with its readers."""
+"""Oracle: finite differences of the loss, loops over samples with `backward`, and a gate behind BatchNorm equal to what reads it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,26 @@
+"""Kron-OBS (Wang et al. 2019): s_i = 1/2 (w_i A w_i^T) / [G^-1]_ii, the K-FAC loss of removing row i after the others are compensated.
+
+Several channels are compensated jointly (`second_order.compensate`), in the layers that make them and in those that read them.
+"""
+
+from functools import partial
+
+from compress.criteria import CRITERIA
+from compress.criteria.second_order import SecondOrder
+from compress.curvature import obs
+
+
+@CRITERIA.register("kron_obs")
+class KronObs(SecondOrder):
+    """K-FAC loss of a channel after compensation, labels drawn from the network."""
+
+    name = "kron_obs"
+    compensates = True
+
+    @staticmethod
+    def row_formula(options):
+        return partial(obs.rows_obs, damping=options.damping)
+
+    @staticmethod
+    def column_formula(options):
+        return partial(obs.columns_obs, damping=options.damping)

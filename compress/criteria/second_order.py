@@ -1,0 +1,198 @@
+"""What the second-order channel criteria share: the layers of a group, their curvature, sums over members, compensation.
+
+A channel costs, in the quadratic model of the loss, what its rows cost in every layer that produces it (`side="producer"`, as published) or
+what its columns cost in every layer that reads it (`side="consumer"`: where surgery really cuts; a BatchNorm between the two makes these
+different things), or both. Losses of members add up. Formulas: `compress.curvature.obs`. The quadratic model is that of the cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from compress.criteria.base import Criterion, Options
+from compress.curvature import LayerFactors, collect
+from compress.curvature.obs import DAMPING, compensate_columns, compensate_rows
+
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class SecondOrderOptions(Options):
+    """Options of the criteria that use Kronecker factors."""
+
+    fisher: Literal["true", "exact", "empirical"] = Field("true", description="labels drawn from the network, all classes weighted, or the data's labels")
+    samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
+    side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
+    positions: int | None = Field(None, ge=1, description="use so many random positions per image for the factors; null: all")
+    damping: float = Field(DAMPING, ge=0, description="added to the factors' diagonals before inversion, as a fraction of their mean")
+
+
+@dataclass
+class LayerView:
+    """One layer per group: W [g, o, d] float64 with the bias as last column where A has its row, A [g, d, d], G [g, o, o]."""
+
+    W: Tensor
+    A: Tensor
+    G: Tensor
+    offsets: int
+
+    def rows(self, indices: Tensor, formula: Formula) -> Tensor:
+        """Scores [n] of channels that own rows `indices` [n, m] of the weight's first dimension."""
+        indices = indices.to(self.W.device)
+        outputs = self.W.shape[1]
+        scores = self.W.new_zeros(len(indices))
+        for group in range(len(self.W)):
+            mine = indices // outputs == group
+            counts = mine.sum(1)
+            for count in counts.unique().tolist():
+                if count:
+                    channels = counts == count
+                    own = (indices % outputs)[channels][mine[channels]].reshape(-1, count)
+                    scores[channels] += formula(self.W[group], self.A[group], self.G[group], own)
+        return scores
+
+    def columns(self, indices: Tensor, formula: Formula) -> Tensor:
+        """Scores [n] of channels that own `indices` [n, m] of the weight's second dimension, with all kernel offsets, in every group."""
+        own = self.expand(indices)
+        return sum(formula(W, A, G, own) for W, A, G in zip(self.W, self.A, self.G, strict=True))
+
+    def expand(self, indices: Tensor) -> Tensor:
+        """Columns [n, m kk] of W of input channels [n, m]."""
+        indices = indices.to(self.W.device)
+        return (indices[..., None] * self.offsets + torch.arange(self.offsets, device=indices.device)).flatten(-2)
+
+
+def view(module: nn.Module, factors: LayerFactors) -> LayerView:
+    """The weights of a layer together with its factors (patch "full")."""
+    groups = factors.groups
+    W = module.weight.detach().double()
+    offsets = W[0, 0].numel()
+    W = W.reshape(groups, W.shape[0] // groups, -1)
+    if factors.bias:
+        W = torch.cat([W, module.bias.detach().double().reshape(groups, -1, 1)], 2)
+    return LayerView(W, factors.A.reshape(groups, *factors.A.shape[-2:]), factors.G.reshape(groups, *factors.G.shape[-2:]), offsets)
+
+
+def measured(member: Any, owners: Mapping[str, nn.Module]) -> bool:
+    """Whether a member is a row or column of the weight of a Linear or Conv2d that is called as a module."""
+    owner = owners.get(member.parameter)
+    usual = isinstance(owner, (nn.Conv2d, nn.Linear)) and not isinstance(owner, NonDynamicallyQuantizableLinear)
+    return usual and member.parameter.rpartition(".")[2] == "weight" and (member.role, member.dim) in (("out", 0), ("in", 1))
+
+
+def layer_of(model: nn.Module) -> Callable[[Any], str]:
+    """Maps a member to the name of its layer in `named_modules` (shared layers have one name there)."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return lambda member: names[id(model.get_submodule(member.parameter.rpartition(".")[0]))]
+
+
+class SecondOrder(Criterion):
+    """Base of the Kronecker criteria; subclasses set the formulas of rows and columns, OBS kinds also `compensates`."""
+
+    needs_data = True
+    Options = SecondOrderOptions
+    compensates = False
+
+    @staticmethod
+    def row_formula(options: Any) -> Formula:
+        """Score of rows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def column_formula(options: Any) -> Formula:
+        """Score of columns."""
+        raise NotImplementedError
+
+    @classmethod
+    def members(cls, group, owners, options):
+        roles = {"producer": ("out",), "consumer": ("in",), "both": ("out", "in")}[options.side]
+        return [member for member in group.members if member.role in roles and measured(member, owners)]
+
+    @classmethod
+    def measure(cls, picked, model, batches, loss_fn, generator, options):
+        name = layer_of(model)
+        wanted = dict.fromkeys(name(member) for _, members in picked for member in members)
+        factors = statistics(model, batches, wanted, generator, options)
+        views = {layer: view(model.get_submodule(layer), factors.pop(layer)) for layer in wanted}
+        rows, columns = cls.row_formula(options), cls.column_formula(options)
+        for _, members in picked:
+            yield sum((views[name(m)].rows(m.indices, rows) if m.role == "out" else views[name(m)].columns(m.indices, columns)).cpu() for m in members)
+
+    @classmethod
+    def compensate(cls, graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None = None,
+                   **options: Any) -> None:
+        """Updates the weights that stay, in place, for the channels that `graph.prune(model, removals)` will remove next.
+
+        Does nothing for criteria without compensation (`compensates`). See `compensate`.
+        """
+        if cls.compensates:
+            compensate(graph, model, removals, batches, generator, cls.parse(options))
+
+
+def statistics(model: nn.Module, batches: Iterable[Any], layers: Iterable[str], generator: torch.Generator | None, options: Any) -> dict[str, LayerFactors]:
+    """Full-patch factors of the layers with the criterion's options."""
+    return collect(model, batches, layers=layers, fisher=options.fisher, samples=options.samples, positions=options.positions, generator=generator)
+
+
+def compensate(graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any) -> None:
+    """Joint OBS update of every layer that loses rows (through G) or columns (through A), in place.
+
+    All channels of one layer are compensated together: kept columns take over what the removed ones carried (least squares on the
+    layer's real inputs; the bias takes part), kept rows what the removed ones did to the loss. Removed entries are left as they are:
+    surgery cuts them.
+
+    Parameters
+    ----------
+    removals: group or group name -> channel numbers, as for `graph.prune`.
+    """
+    by_name = {group.name: group for group in graph.groups}
+    owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
+              for name in module._parameters}
+    name = layer_of(model)
+    removed: dict[str, dict[str, Tensor]] = {}
+    for key, channels in removals.items():
+        group = by_name[key] if isinstance(key, str) else key
+        channels = torch.as_tensor(channels, dtype=torch.long).flatten().cpu()
+        for member in group.members if len(channels) else ():
+            if measured(member, owners):
+                roles = removed.setdefault(name(member), {})
+                earlier = roles.get(member.role, torch.zeros(0, dtype=torch.long))
+                roles[member.role] = torch.cat([earlier, member.indices[channels].flatten()]).unique()
+    if not removed:
+        return
+    factors = statistics(model, batches, removed, generator, options)
+    for layer, roles in removed.items():
+        module = model.get_submodule(layer)
+        current = view(module, factors.pop(layer))
+        _update(module, current, roles, options.damping)
+
+
+def _update(module: nn.Module, current: LayerView, roles: dict[str, Tensor], damping: float) -> None:
+    groups, outputs, width = current.W.shape
+    updated = []
+    for group, (W, A, G) in enumerate(zip(current.W, current.A, current.G, strict=True)):
+        kept = torch.ones_like(W, dtype=torch.bool)
+        new = W
+        if "in" in roles:
+            columns = current.expand(roles["in"])
+            kept[:, columns] = False
+            new = compensate_columns(new, A, columns, damping)
+        if "out" in roles:
+            rows = roles["out"].to(W.device)
+            rows = rows[rows // outputs == group] % outputs
+            if 0 < len(rows) < outputs:
+                kept[rows] = False
+                new = compensate_rows(new, G, rows, damping)
+        updated.append(torch.where(kept, new, W))
+    stacked = torch.stack(updated).reshape(groups * outputs, width)
+    with torch.no_grad():
+        weights = module.weight[0].numel()
+        module.weight.copy_(stacked[:, :weights].reshape(module.weight.shape))
+        if width > weights:
+            module.bias.copy_(stacked[:, weights])
