@@ -69,6 +69,10 @@ class ChannelGraph:
         """The classes of some atoms."""
         return np.unique(self._component[np.concatenate(atoms)])
 
+    def free(self, atoms: list[Array]) -> bool:
+        """Whether any of these atoms may be removed."""
+        return bool(np.isin(self.component_of(atoms), np.concatenate([np.zeros(0, np.int64), *(g.components for g in self.groups if g.prunable)])).any())
+
     @property
     def _costs(self) -> list[Cost]:
         return self._trace.costs

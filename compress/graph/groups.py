@@ -61,7 +61,7 @@ def solve(atoms: Atoms, parameters: Sequence[str]) -> tuple[list[ChannelGroup], 
     """
     component = atoms.components()
     reasons = atoms.reasons(component)
-    contracted, produced = atoms.flags(atoms.contracted), atoms.flags(atoms.produced)
+    contracted, produced = atoms.read(), atoms.flags(atoms.produced)
     order = {name: position for position, name in enumerate(parameters)}
     owners = sorted(atoms.owners, key=lambda owner: (order.get(owner.name, len(order)), owner.dim))
     number = int(component.max()) + 1 if len(component) else 0

@@ -6,11 +6,12 @@ A dimension without an entry is fixed: nobody may remove an index of it. Dimensi
 
 `Atoms` collects what the operators say about atoms: pairs that must be removed together (edges of an undirected graph, solved once
 at the end by connected components), atoms that must stay (pins, with the reason), and the part that a weight's atom plays
-(contracted: "in", produced: "out").
+(contracted: "in", produced: "out"; `ties` say which atoms of several weights become one when weights are added or multiplied).
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +53,24 @@ class Atoms:
         self.pins: list[tuple[Array, str]] = []
         self.contracted: list[Array] = []
         self.produced: list[Array] = []
+        self.ties: list[tuple[Array, Array]] = []
+        self._loose: list[tuple[int, int]] = []
 
     def new(self, size: int) -> Array:
         """`size` atoms that belong to no parameter."""
         self.count += size
         return np.arange(self.count - size, self.count)
+
+    def loose(self, size: int) -> Array:
+        """Atoms of a dimension along which a tensor is the same everywhere, so that it may follow whatever it meets."""
+        atoms = self.new(size)
+        self._loose.append((self.count - size, self.count))
+        return atoms
+
+    def is_loose(self, atoms: Array) -> bool:
+        """Whether these atoms came from `loose`."""
+        place = bisect.bisect_right(self._loose, (int(atoms[0]), self.count + 1)) - 1
+        return place >= 0 and self._loose[place][0] <= int(atoms.min()) and int(atoms.max()) < self._loose[place][1]
 
     def own(self, name: str, shape: tuple[int, ...]) -> dict[int, Array]:
         """Atoms for every dimension of a parameter or buffer."""
@@ -81,10 +95,23 @@ class Atoms:
 
     def components(self) -> Array:
         """int64 [count]: the class of every atom."""
-        if not self.edges:
+        return self._classes(self.edges)
+
+    def read(self) -> Array:
+        """bool [count]: atoms whose zeroing stands for their removal; where weights are summed before use, all the summands' atoms."""
+        flags = self.flags(self.contracted)
+        if self.ties and flags.any():
+            classes = self._classes(self.ties)
+            hit = np.zeros(self.count, dtype=bool)
+            hit[classes[flags]] = True
+            flags |= hit[classes]
+        return flags
+
+    def _classes(self, edges: list[tuple[Array, Array]]) -> Array:
+        if not edges:
             return np.arange(self.count)
-        a = np.concatenate([edge[0] for edge in self.edges])
-        b = np.concatenate([edge[1] for edge in self.edges])
+        a = np.concatenate([edge[0] for edge in edges])
+        b = np.concatenate([edge[1] for edge in edges])
         graph = coo_matrix((np.ones(len(a), dtype=np.int8), (a, b)), shape=(self.count, self.count))
         return connected_components(graph, directed=False)[1].astype(np.int64)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from compress.graph.labels import Array
 from compress.graph.mode import Call, Trace, rule
@@ -53,7 +54,8 @@ def _grouped(trace: Trace, call: Call, x: Tensor, weight: Tensor, out: torch.Ten
     xs, w0, w1 = trace.of(x).dims.get(1), lw.dims.get(0), lw.dims.get(1)
     ways = (["position"] if inputs > 1 and outputs > 1 else []) + ["group", "pin"]
     touched = [labels for labels in (xs, w0, w1) if labels is not None]
-    way = ways[trace.choose(call, len(ways), touched)]
+    own = trace.module(_ConvNd)  # the adapter rewrites its `groups`; a group count that stands in the program is a guess
+    way = ways[0] if own is not None and own[1].groups == groups else ways[trace.choose(call, len(ways), touched)]
     if trace.grouped.setdefault(lw.source or "", way) != way:
         way = "pin"
     where = trace.where(call)

@@ -16,6 +16,7 @@ from compress.graph.mode import Call, Trace, aligned, rule
 def broadcast(trace: Trace, call: Call, operands: list[Tensor], shape: torch.Size) -> dict[int, Array | None]:
     """Labels of the elementwise result of `shape`; labels are joined across operands, or pinned against a fixed one."""
     labels = [trace.of(tensor) for tensor in operands]
+    weights = trace.source(*operands) is not None
     dims: dict[int, Array | None] = {}
     for dim, size in enumerate(shape):
         if size == 1:
@@ -24,6 +25,8 @@ def broadcast(trace: Trace, call: Call, operands: list[Tensor], shape: torch.Siz
         arrays = [atoms for full, atoms in spans if full]
         if any(atoms is not None for atoms in arrays):
             dims[dim] = trace.merge(arrays, f"meets an operand without channels of its own ({trace.where(call)})")
+            if weights:
+                trace.atoms.ties += [(arrays[0], other) for other in arrays[1:] if arrays[0] is not None and other is not None]
     return dims
 
 
@@ -61,7 +64,7 @@ def same(trace: Trace, call: Call) -> None:
 def factory(trace: Trace, call: Call) -> None:
     """A tensor that is the same everywhere: every dimension may follow whatever it meets."""
     for out in call.outputs():
-        trace.set(out, {dim: trace.atoms.new(size) for dim, size in enumerate(out.shape) if size > 1}, "")
+        trace.set(out, {dim: trace.atoms.loose(size) for dim, size in enumerate(out.shape) if size > 1}, "")
 
 
 @rule("expand")
@@ -72,7 +75,7 @@ def expand(trace: Trace, call: Call) -> None:
     dims: dict[int, Array | None] = {dim + extra: atoms for dim, atoms in labels.dims.items()}
     for dim, size in enumerate(out.shape):
         if size > 1 and (dim < extra or source.shape[dim - extra] == 1):
-            dims[dim] = trace.atoms.new(size)
+            dims[dim] = trace.atoms.loose(size)
     trace.set(out, dims, labels.source)
 
 

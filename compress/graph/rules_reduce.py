@@ -63,6 +63,19 @@ def batch_norm(trace: Trace, call: Call) -> None:
             trace.set(extra, {0: labels.dims.get(1)})
 
 
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(trace: Trace, call: Call) -> None:
+    """g v / |v|, the norm over every dimension but `dim`."""
+    v, g, kept = call["v"], call["g"], call["dim"] % call["v"].dim()
+    lv, lg = trace.of(v), trace.of(g)
+    for dim, atoms in lv.dims.items():
+        if dim != kept:
+            trace.atoms.pin(atoms, f"normalised over its channels ({trace.where(call)})")
+    reason = f"meets an operand without channels of its own ({trace.where(call)})"
+    own = trace.merge([lv.dims.get(kept), lg.dims.get(kept)], reason) if v.shape[kept] > 1 else None
+    trace.set(call.outputs()[0], {**lv.dims, kept: own}, trace.source(v, g))
+
+
 @rule("native_layer_norm", "_fused_rms_norm")
 def layer_norm(trace: Trace, call: Call) -> None:
     """The normalised dimensions are mixed."""

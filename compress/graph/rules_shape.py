@@ -131,7 +131,7 @@ def repeat(trace: Trace, call: Call) -> None:
     for dim, count in enumerate(times):
         size = tensor.shape[dim - extra] if dim >= extra else 1
         if size == 1 and count > 1:
-            dims[dim] = trace.atoms.new(count)
+            dims[dim] = trace.atoms.loose(count)
         elif dim >= extra and dim - extra in labels.dims:
             dims[dim] = np.tile(labels.dims[dim - extra], count)
     trace.set(call.out, dims, labels.source)

@@ -45,11 +45,22 @@ def view(trace: Trace, call: Call) -> None:
                     at, atoms = _through(trace, call, labels.dims[dim], ins.index(dim), [tensor.shape[d] for d in ins], [out.shape[d] for d in outs])
                     if atoms is None:
                         continue
-                    if outs[at] in dims:
-                        for clash in (dims[outs[at]], atoms):
-                            trace.atoms.pin(clash, f"two labelled dimensions are merged ({trace.where(call)})")
-                    dims[outs[at]] = atoms
+                    dims[outs[at]] = _one_of(trace, call, dims.get(outs[at]), atoms)
     trace.set(out, dims, labels.source)
+
+
+def _one_of(trace: Trace, call: Call, first: Array | None, second: Array) -> Array:
+    """The labels of a dimension that two labelled dimensions were merged into; constants give way."""
+    if first is None:
+        return second
+    reason = f"two labelled dimensions are merged ({trace.where(call)})"
+    for one, other in ((first, second), (second, first)):
+        if trace.atoms.is_loose(one):
+            trace.atoms.pin(one, reason)
+            return other
+    trace.atoms.pin(first, reason)
+    trace.atoms.pin(second, reason)
+    return second
 
 
 def _through(trace: Trace, call: Call, atoms: Array, at: int, before: list[int], after: list[int]) -> tuple[int, Array | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,12 +50,31 @@ def trace(model: nn.Module, example_inputs: Any, *, exclude: Sequence[str] = (),
             graph = _once(runnable, skeleton, arguments, inputs, excluded, choices, pins)
         except Exception as error:
             raise RunError(f"The network could not be run on the example inputs: {one_line(error)}.") from error
+    graph = _reread(graph, choices, lambda: _once(runnable, skeleton, arguments, inputs, excluded, choices, pins))
     for _ in range(ROUNDS if probe else 0):
         failed = probe_shapes(graph, runnable, arguments) or probe_values(graph, model)
         if not failed:
             break
         _narrow(graph, failed, choices, pins)
         graph = _once(runnable, skeleton, arguments, inputs, excluded, choices, pins)
+    return graph
+
+
+def _reread(graph: ChannelGraph, choices: dict[tuple[int, int], int], again: Callable[[], ChannelGraph]) -> ChannelGraph:
+    """Takes another reading of the guesses whose channels are pinned anyway, and keeps those readings that set channels free.
+
+    `view(n, c, r, r, h, w)` of a pixel shuffle is first read as r positions that go together, which makes an image side removable; the
+    other reading is c blocks.
+    """
+    for further in (1, 2):
+        stuck = {a.site: a.choice for a in graph.assumptions if a.choice + further < a.options - 1 and not graph.free(a.atoms)}
+        if not stuck:
+            break
+        choices.update({site: choice + further for site, choice in stuck.items()})
+        tried = again()
+        freed = {assumption.site for assumption in tried.assumptions if tried.free(assumption.atoms)}
+        choices.update({site: choice for site, choice in stuck.items() if site not in freed})
+        graph = again() if freed & set(stuck) else graph
     return graph
 
 
