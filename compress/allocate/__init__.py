@@ -6,9 +6,10 @@ widths, and the exact parameters and MACs of any choice of widths) to the number
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.allocate.problem import Problem, build_problem, parse_budget
@@ -17,7 +18,7 @@ from compress.registry import Registry
 
 ALLOCATIONS: Registry[Callable[[Problem], dict[str, int]]] = Registry("allocation", "compress.allocate")
 
-__all__ = ["ALLOCATIONS", "Problem", "allocate", "largest"]
+__all__ = ["ALLOCATIONS", "Problem", "allocate", "check_ratio", "largest"]
 
 
 def allocate(graph: Any, scores: dict[str, Tensor], budget: dict[str, float], kind: str = "global", max_layer_ratio: float = 0.95,
@@ -55,15 +56,23 @@ def allocate(graph: Any, scores: dict[str, Tensor], budget: dict[str, float], ki
     return {name: channels for name, channels in removed.items() if len(channels)}
 
 
-def largest(graph: Any, quantity: str = "macs", max_layer_ratio: float = 0.95, round_to: int = 1, min_channels: int = 1) -> float:
-    """The largest ratio of `quantity` ("params" or "macs") that `allocate` can remove; 0 where nothing may be pruned."""
+def largest(graph: Any, quantity: str = "macs", max_layer_ratio: float = 0.95, round_to: int = 1, min_channels: int = 1,
+            names: Collection[str] | None = None) -> float:
+    """The largest ratio of `quantity` ("params" or "macs") that `allocate` can remove; 0 where nothing may be pruned.
+
+    `names`: the groups that have scores (`Criterion.check` tells them before there are any); all prunable ones where None.
+    """
     parse_budget({quantity: 0.0})
-    return build_problem(graph, None, quantity, 0.0, max_layer_ratio, round_to, min_channels, None).most
+    return build_problem(graph, _equal_scores(graph, names), quantity, 0.0, max_layer_ratio, round_to, min_channels, None).most
 
 
-def check_ratio(graph: Any, budget: dict[str, float], **limits: Any) -> None:
-    """Raise the UserError that `allocate` would raise for an unreachable budget, without scores. `limits`: as in `largest`."""
+def check_ratio(graph: Any, budget: dict[str, float], names: Collection[str] | None = None, **limits: Any) -> None:
+    """Raise the UserError that `allocate` would raise for an unreachable budget, without scores. `names`, `limits`: as in `largest`."""
     quantity, ratio = parse_budget(budget)
     if ratio > 0:
         settings = {"max_layer_ratio": 0.95, "round_to": 1, "min_channels": 1, "original": None} | limits
-        build_problem(graph, None, quantity, ratio, **settings).check_reachable()
+        build_problem(graph, _equal_scores(graph, names), quantity, ratio, **settings).check_reachable()
+
+
+def _equal_scores(graph: Any, names: Collection[str] | None) -> dict[str, Tensor]:
+    return {group.name: torch.zeros(group.size) for group in graph.groups if group.prunable and (names is None or group.name in names)}

@@ -137,16 +137,14 @@ def parse_budget(budget: dict[str, float]) -> tuple[str, float]:
     return quantity, float(ratio)
 
 
-def build_problem(graph: Any, scores: dict[str, Tensor] | None, quantity: str, ratio: float, max_layer_ratio: float, round_to: int,
+def build_problem(graph: Any, scores: dict[str, Tensor], quantity: str, ratio: float, max_layer_ratio: float, round_to: int,
                   min_channels: int, original: int | None) -> Problem:
-    """Check everything that is given; without scores every prunable group takes part and any order is as good."""
+    """The problem over the groups that have scores, after checking everything that is given."""
     if not 0 < max_layer_ratio <= 1:
         raise UserError(f"max_layer_ratio is the largest fraction removed from a group, in (0, 1], and is {max_layer_ratio!r}.")
     if round_to < 1 or min_channels < 1:
         raise UserError(f"round_to and min_channels are at least 1, and are {round_to!r} and {min_channels!r}.")
     candidates = {group.name: group for group in graph.groups if group.prunable}
-    if scores is None:
-        scores = {name: torch.zeros(group.size) for name, group in candidates.items()}
     for name in scores:
         if name not in candidates:
             raise UserError(f"Scores are given for {name!r}, which is no prunable channel group of this network"

@@ -93,9 +93,9 @@ class Criterion:
         return scores
 
     @classmethod
-    def check(cls, graph: Any, model: nn.Module, **options: Any) -> None:
-        """Raise, without data, the UserError that `score` would raise for the options or for a group with nothing to measure."""
-        cls._pick(graph, model, cls.parse(options))
+    def check(cls, graph: Any, model: nn.Module, **options: Any) -> list[str]:
+        """The names of the groups that `score` will score. Needs no data; raises what `score` would raise for options and groups."""
+        return [group.name for group, _ in cls._pick(graph, model, cls.parse(options))]
 
     @classmethod
     def members(cls, group: Any, owners: dict[str, nn.Module], options: Any) -> list[Any]:

@@ -135,7 +135,7 @@ def test_a_group_without_a_norm_is_refused_or_kept():
         CRITERIA["bn_scale"].score(graph, make_net())
     with pytest.raises(UserError, match="'conv2.weight'.*no BatchNorm"):
         CRITERIA["bn_scale"].check(graph, make_net())
-    CRITERIA["bn_scale"].check(graph, make_net(), missing="keep")
+    assert CRITERIA["bn_scale"].check(graph, make_net(), missing="keep") == ["conv1.weight"]
     assert set(CRITERIA["bn_scale"].score(graph, make_net(), missing="keep")) == {"conv1.weight"}
 
 
