@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from compress.cost import Cost, count
 from compress.errors import UserError
-from compress.graph import trace
+from compress.graph import CoverageRow, trace
 from compress.methods import Context, method as find_method
 from compress.plan import Plan
 from compress.train import recalibrate as recalibrate_batchnorm
@@ -31,7 +31,7 @@ class Report:
     after: Cost
     widths: dict[str, tuple[int, int]]
     pinned: dict[str, str]
-    coverage: list[dict[str, Any]] = field(default_factory=list)
+    coverage: list[CoverageRow] = field(default_factory=list)
 
     @property
     def params_removed(self) -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from compress.errors import UserError
-from compress.files import read_json, write_bytes, write_json
+from compress.files import read_json, write_bytes, write_json, write_text
 from compress.plan import Plan, apply_plan
 from compress.siblings import own
 
@@ -57,6 +57,13 @@ def read_weights(model: nn.Module, content: bytes, source: str) -> None:
         model.load_state_dict(state)
 
 
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"The {what} {path} cannot be read: {error.strerror}.") from None
+
+
 def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
     """Write `model` and the `plan` that led to it into `folder` (created where missing).
 
@@ -69,7 +76,7 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
     """
     folder = Path(folder)
     content = weights_to_bytes(model)
-    write_json(folder / PLAN, plan.to_json())
+    write_text(folder / PLAN, plan.to_json() + "\n")
     write_bytes(folder / WEIGHTS, content)
     network = {
         "format": FORMAT,
@@ -99,11 +106,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     network = read_json(folder / NETWORK, "network description")
     if not isinstance(network, dict) or network.get("format") != FORMAT:
         raise UserError(f"{folder / NETWORK} is not a network description of format {FORMAT}; it was written by another version or program.")
-    plan = Plan.from_json(read_json(folder / PLAN, "plan"))
-    try:
-        content = (folder / WEIGHTS).read_bytes()
-    except OSError as error:
-        raise UserError(f"The weights {folder / WEIGHTS} cannot be read: {error.strerror}.") from None
+    plan = Plan.from_json(_read(folder / PLAN, "plan").decode("utf-8", "replace"))
+    content = _read(folder / WEIGHTS, "weights")
     if hashlib.sha256(content).hexdigest() != network.get("sha256"):
         raise UserError(f"The weights {folder / WEIGHTS} are not the ones that {NETWORK} describes (checksum differs); copy the folder again.")
     if model is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 import sys
 from collections.abc import Callable
@@ -125,7 +124,6 @@ def check(config: Config) -> Prepared:
     if config.model.weights is not None:
         own("models").load_weights(model, config.model.weights)
     graph = trace(model, example, exclude=tuple(config.prune.exclude))
-    _check_exclude(config, model)
     context = context_for(config, model, graph, [], config.prune.methods[0], 0)
     for name in config.prune.methods:
         top = methods.method(name).largest(context, config.prune.budget)
@@ -159,13 +157,6 @@ def _method_faults(config: Config) -> list[str]:
             faults += [f"`prune.methods[{index}]`: {fault}" for fault in error.faults]
     faults += [f"`prune.method_options.{name}`: method {name!r} is not in prune.methods." for name in prune.method_options if name not in prune.methods]
     return faults
-
-
-def _check_exclude(config: Config, model: nn.Module) -> None:
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    for pattern in config.prune.exclude:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"`prune.exclude`: {pattern!r} matches no layer of {_name(config.model)}.")
 
 
 def _name(config: ModelConfig) -> str:

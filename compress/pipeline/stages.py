@@ -157,7 +157,7 @@ def _cut(job: Job, base: Base, method: str, ratio: float, seed: int, folder: Pat
         recalibrate(model, images)
     seconds = score_seconds + time.perf_counter() - started
     row, changed = _effect(base.model, model, job.prepared.example.to(job.dist.device))
-    info = {**row, "widths": changed, "pinned": dict(job.prepared.graph.pinned), "coverage": list(job.prepared.graph.coverage()), "seconds": seconds,
+    info = {**row, "widths": changed, "pinned": dict(job.prepared.graph.pinned), "coverage": [row._asdict() for row in job.prepared.graph.coverage()], "seconds": seconds,
             "accuracy_oneshot": evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"]}
     save(model, plan, folder, info=info)
 
@@ -166,8 +166,7 @@ def _read_cut(job: Job, folder: Path) -> tuple[nn.Module, Plan, dict[str, Any]]:
     """The network after surgery as every process starts to fine-tune it."""
     files = [(folder / name).read_bytes() if job.dist.is_main else None for name in (WEIGHTS, PLAN, NETWORK)]
     content, plan_text, network_text = (job.dist.share_bytes(file) for file in files)
-    plan_json, info = json.loads(plan_text), json.loads(network_text)["info"]
-    plan = Plan.from_json(plan_json)
+    plan, info = Plan.from_json(plan_text.decode()), json.loads(network_text)["info"]
     model = copy.deepcopy(job.prepared.model)
     apply_plan(model, plan)
     read_weights(model, content, str(folder / WEIGHTS))
