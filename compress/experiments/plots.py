@@ -1,0 +1,87 @@
+"""Figures of the experiments, each with the CSV of its points beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from compress.experiments.base import write_csv
+
+Points = Sequence[tuple[float, float]]
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
+    write_csv(path.with_suffix(".csv"), rows)
+
+
+def lines(path: Path, series: Mapping[str, Points], title: str, x: str, y: str, marks: Sequence[float] = (), log_x: bool = False) -> None:
+    """One line with dots per series; `marks` are vertical lines (prunes)."""
+    figure, axes = _axes(title, x, y)
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
+    for mark in marks:
+        axes.axvline(mark, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
+    if log_x:
+        axes.set_xscale("log")
+    if series:
+        axes.legend(fontsize=8)
+    _save(figure, path, [{"series": name, x: a, y: b} for name, points in series.items() for a, b in points])
+
+
+def error_bars(path: Path, series: Mapping[str, Sequence[tuple[float, float, float, float]]], title: str, x: str, y: str) -> None:
+    """One line per series of (x, mean, low, high), with asymmetric bars from low to high."""
+    figure, axes = _axes(title, x, y)
+    for name, points in series.items():
+        xs, means, lows, highs = (list(values) for values in zip(*points, strict=True))
+        below = [m - low for m, low in zip(means, lows, strict=True)]
+        above = [high - m for m, high in zip(means, highs, strict=True)]
+        axes.errorbar(xs, means, yerr=[below, above], marker="o", markersize=3.5, capsize=3, label=name)
+    axes.legend(fontsize=8)
+    _save(figure, path, [{"series": n, x: a, "mean": m, "low": lo, "high": hi} for n, points in series.items() for a, m, lo, hi in points])
+
+
+def bars(path: Path, groups: Mapping[str, Mapping[str, float]], title: str, x: str, y: str) -> None:
+    """Grouped bars: group -> series -> value."""
+    figure, axes = _axes(title, x, y)
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    width = 0.8 / max(1, len(names))
+    for place, name in enumerate(names):
+        at = [index + (place - (len(names) - 1) / 2) * width for index, values in enumerate(groups.values()) if name in values]
+        axes.bar(at, [values[name] for values in groups.values() if name in values], width, label=name)
+    axes.set_xticks(range(len(groups)), list(groups), rotation=45 if len(groups) > 6 else 0, fontsize=7 if len(groups) > 6 else 9)
+    heights = [value for values in groups.values() for value in values.values()]
+    if heights and min(heights) > 0.5 * max(heights):
+        axes.set_ylim(bottom=min(heights) - 0.2 * (max(heights) - min(heights)) - 1e-3)
+    axes.legend(fontsize=8)
+    _save(figure, path, [{x: group, "series": name, y: value} for group, values in groups.items() for name, value in values.items()])
+
+
+def histograms(path: Path, panels: Mapping[str, tuple[Sequence[float], Sequence[int]]], title: str) -> None:
+    """One panel per layer: (bin edges [n + 1], counts [n]) of its kept weights."""
+    columns = min(4, len(panels))
+    figure = Figure(figsize=(3 * columns, 2.2 * -(-len(panels) // columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    rows = []
+    for index, (name, (edges, counts)) in enumerate(panels.items()):
+        axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
+        axes.stairs(counts, edges, fill=True)
+        axes.set_title(name, fontsize=7)
+        axes.tick_params(labelsize=6)
+        rows += [{"layer": name, "low": low, "high": high, "count": n} for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    _save(figure, path, rows)
