@@ -6,10 +6,10 @@ from pydantic import Field
 
 from compress.criteria import CRITERIA
 from compress.criteria.kron_obs import KronObs
-from compress.criteria.second_order import SecondOrderOptions
+from compress.criteria.second_order import ObsOptions
 
 
-class EmpiricalOptions(SecondOrderOptions):
+class EmpiricalOptions(ObsOptions):
     """Options of `obs`."""
 
     fisher: Literal["true", "exact", "empirical"] = Field("empirical", description="labels drawn from the network, all classes weighted, or the data's labels")

@@ -23,6 +23,10 @@ from compress.curvature.obs import DAMPING, compensate_columns, compensate_rows
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+Compensation = Literal["consumer", "producer", "both", "none"]
+ROLES = {"consumer": ("in",), "producer": ("out",), "both": ("out", "in"), "none": ()}
+
+
 class SecondOrderOptions(Options):
     """Options of the criteria that use Kronecker factors."""
 
@@ -31,6 +35,14 @@ class SecondOrderOptions(Options):
     side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
     positions: int | None = Field(None, ge=1, description="use so many random positions per image for the factors; null: all")
     damping: float = Field(DAMPING, ge=0, description="added to the factors' diagonals before inversion, as a fraction of their mean")
+
+
+class ObsOptions(SecondOrderOptions):
+    """Options of the criteria that update the weights that stay."""
+
+    compensation: Compensation = Field(
+        "consumer", description="layers that are updated: those that read the removed channels (they take over what these carried), those that made "
+        "them (as published), both (which corrects the same loss twice), or none")
 
 
 @dataclass
@@ -111,8 +123,7 @@ class SecondOrder(Criterion):
 
     @classmethod
     def members(cls, group, owners, options):
-        roles = {"producer": ("out",), "consumer": ("in",), "both": ("out", "in")}[options.side]
-        return [member for member in group.members if member.role in roles and measured(member, owners)]
+        return [member for member in group.members if member.role in ROLES[options.side] and measured(member, owners)]
 
     @classmethod
     def measure(cls, picked, model, batches, loss_fn, generator, options):
@@ -141,7 +152,7 @@ def statistics(model: nn.Module, batches: Iterable[Any], layers: Iterable[str], 
 
 
 def compensate(graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any) -> None:
-    """Joint OBS update of every layer that loses rows (through G) or columns (through A), in place.
+    """Joint OBS update of the layers that lose columns (through A) or rows (through G), as `options.compensation` says, in place.
 
     All channels of one layer are compensated together: kept columns take over what the removed ones carried (least squares on the
     layer's real inputs; the bias takes part), kept rows what the removed ones did to the loss. Removed entries are left as they are:
@@ -160,7 +171,7 @@ def compensate(graph: Any, model: nn.Module, removals: Mapping[Any, Any], batche
         group = by_name[key] if isinstance(key, str) else key
         channels = torch.as_tensor(channels, dtype=torch.long).flatten().cpu()
         for member in group.members if len(channels) else ():
-            if measured(member, owners):
+            if member.role in ROLES[options.compensation] and measured(member, owners):
                 roles = removed.setdefault(name(member), {})
                 earlier = roles.get(member.role, torch.zeros(0, dtype=torch.long))
                 roles[member.role] = torch.cat([earlier, member.indices[channels].flatten()]).unique()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.criteria import CRITERIA
 from compress.criteria.base import Criterion, Options
-from compress.criteria.second_order import SecondOrder, layer_of, measured
+from compress.criteria.second_order import ROLES, Compensation, SecondOrder, layer_of, measured
 from compress.curvature import woodfisher
 from compress.curvature.feed import find_layers
 from compress.curvature.per_sample import visit
@@ -28,6 +28,8 @@ class WoodFisherOptions(Options):
 
     fisher: Literal["true", "empirical"] = Field("empirical", description="labels drawn from the network, or the data's labels (as published)")
     side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
+    compensation: Compensation = Field("consumer", description="layers whose remaining weights are updated: those that read the removed channels, "
+                                       "those that made them, both, or none")
     images: int = Field(256, ge=1, description="gradients of at most so many images (the first ones)")
     damping: float = Field(0.01, gt=0, description="lambda, as a fraction of the mean diagonal of the Fisher matrix")
     memory: int = Field(512 * 2**20, ge=1, description="bytes of gradients held at a time; at least one layer's are held")
@@ -70,7 +72,7 @@ class WoodFisher(Criterion):
         for key, channels in removals.items():
             channels = torch.as_tensor(channels, dtype=torch.long).flatten().cpu()
             for member in (by_name[key] if isinstance(key, str) else key).members if len(channels) else ():
-                if measured(member, owners):
+                if member.role in ROLES[chosen.compensation] and measured(member, owners):
                     weight = model.get_submodule(name(member)).weight
                     gone.setdefault(name(member), []).append(places(weight, member.dim, member.indices[channels]).flatten())
         for layer, X in gradient_matrices(model, gone, batches, generator, chosen):
