@@ -1,6 +1,6 @@
 """Data sets: images and labels on the device, split, normalised and augmented there.
 
-`load_data(cfg, seed=, device=)` gives a `DataBundle` with the splits `train`, `val` (taken from the training images, `None` where
+`load_data(cfg, seed=, device=)` gives a `DataBundle` with the splits `train`, `val` (taken from the training images, empty where
 `val_fraction` is 0) and `test`; `describe(cfg)` tells classes and input shape beforehand. A data set is one file that registers an
 object with `describe(cfg)` and `load(cfg, seed, device)` in `DATASETS`.
 """

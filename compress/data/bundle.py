@@ -32,13 +32,13 @@ class DataSet(Protocol):
 
 @dataclass(frozen=True)
 class DataBundle:
-    """A loaded data set. `val` is `None` where `val_fraction` is 0; `mean` and `std` are per channel in [0, 1] units."""
+    """A loaded data set. `val` is empty where `val_fraction` is 0; `mean` and `std` are per channel in [0, 1] units."""
 
     name: str
     num_classes: int
     input_shape: Shape
     train: Split
-    val: Split | None
+    val: Split
     test: Split
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -87,7 +87,7 @@ def split_bundle(cfg: DataConfig, seed: int, whole: Split, test: Split, num_clas
     sizes = torch.bincount(whole.labels, minlength=num_classes)
     if int(sizes.min()) == 0:
         raise UserError(f"Class {int(sizes.argmin())} of the data set {cfg.name!r} has no training image; every class needs at least one.")
-    train, val = whole, None
+    train, val = whole, whole.subset(torch.empty(0, dtype=torch.int64))
     if cfg.val_fraction > 0:
         wanted = max(1, round(cfg.val_fraction * len(whole)))
         rows = stratified(whole.labels, wanted, keep=1, generator=derived_generator(seed, "validation split"))

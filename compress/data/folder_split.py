@@ -112,11 +112,15 @@ class FolderSplit(Split):
             generator=torch.Generator(),
         )
         stacks = iter(loader)
-        for chunk in chunks:
-            images = next(stacks) if len(chunk) > 0 else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
-            if isinstance(images, str):
-                raise RunError(images)
-            yield images.to(self.device, non_blocking=True), self.labels[chunk].to(self.device, non_blocking=True)
+        try:
+            for chunk in chunks:
+                images = next(stacks) if len(chunk) > 0 else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+                if isinstance(images, str):
+                    raise RunError(images)
+                yield images.to(self.device, non_blocking=True), self.labels[chunk].to(self.device, non_blocking=True)
+        finally:
+            # Ends the workers now: a traceback may hold this frame for long.
+            del stacks
 
     def subset(self, rows: Tensor) -> FolderSplit:
         paths = [self.paths[row] for row in rows.tolist()]

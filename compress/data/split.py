@@ -8,7 +8,7 @@ same slice, without drawing anything again.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Split(ABC):
         world_size: int = 1,
         start: int = 0,
         min_last: int = 1,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Batches (x [b, C, H, W] float32 normalised, y [b] int64) on the device.
 
         `batch_size` counts the images of all processes together; process `rank` of `world_size` gets its contiguous part of every
@@ -96,7 +96,7 @@ class Split(ABC):
             parts.append(slice(first + size * rank // world_size, first + size * (rank + 1) // world_size))
         return self._give(order, draws, parts)
 
-    def _give(self, order: Tensor, draws: Draws | None, parts: list[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _give(self, order: Tensor, draws: Draws | None, parts: list[slice]) -> Generator[tuple[Tensor, Tensor], None, None]:
         for part, (images, labels) in zip(parts, self.fetch([order[part] for part in parts]), strict=True):
             if draws is not None and (self.transform.padding > 0 or self.transform.flip):
                 images = crop_and_flip(images, draws[part], self.transform.padding)

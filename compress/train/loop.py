@@ -107,7 +107,7 @@ def _check(
         raise UserError(f"The batch size {batch_size} is below one image for each of {processes} processes; raise data.batch_size.")
     if batch_size < 2 * processes and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError(f"The batch size {batch_size} leaves a process one image, on which BatchNorm cannot train; raise data.batch_size.")
-    if cfg.select == "val" and data.val is None:
+    if cfg.select == "val" and len(data.val) == 0:
         raise UserError("select is 'val', but there are no validation images; set data.val_fraction above 0 or select to 'last'.")
     if getattr(cfg, "distill", None) is not None and teacher is None:
         raise UserError("distill is set, but no teacher network was given.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -73,7 +74,7 @@ class Trainer:
         assert self.files is not None
         data, transform = self.data, self.data.train.transform
         settings = [transform.mean, transform.std, transform.padding, transform.flip]
-        sizes = [len(split) if split is not None else 0 for split in (data.train, data.val, data.test)]
+        sizes = [len(split) for split in (data.train, data.val, data.test)]
         parts = {
             "configuration": [self.cfg.model_dump(mode="json"), self.batch_size, self.seed, steps],
             "data set": [data.name, sizes, settings, digest({"labels": data.train.labels})],
@@ -139,12 +140,14 @@ class Trainer:
             self.batch_size, generator=derived_generator(self.seed, "epoch", state.epoch), augment=True, shuffle=True,
             rank=self.dist.rank, world_size=self.dist.world_size, start=state.step, min_last=2 * self.dist.world_size,
         )  # fmt: skip
-        for (first, last), (x, y) in zip(bounds[state.step :], batches, strict=False):
-            stopping = self._step(x, y, last - first, stop)
-            state.step += 1
-            if stopping:
-                state.seconds += time.perf_counter() - began
-                self._leave(f"epoch {state.epoch + 1}, step {state.step} of {len(bounds)}")
+        # Closed at once when a step raises: workers that decode images would otherwise live as long as the traceback.
+        with contextlib.closing(batches):
+            for (first, last), (x, y) in zip(bounds[state.step :], batches, strict=False):
+                stopping = self._step(x, y, last - first, stop)
+                state.step += 1
+                if stopping:
+                    state.seconds += time.perf_counter() - began
+                    self._leave(f"epoch {state.epoch + 1}, step {state.step} of {len(bounds)}")
         self._end_epoch(began, stop)
 
     def _step(self, x: Tensor, y: Tensor, count: int, stop: StopRequest) -> bool:
@@ -205,7 +208,7 @@ class Trainer:
     def _end_epoch(self, began: float, stop: StopRequest) -> None:
         state = self.state
         val: dict[str, Any] = {"loss": None, "accuracy": None}
-        if self.data.val is not None:
+        if len(self.data.val) > 0:
             options = {"amp": self.cfg.amp, "channels_last": self.cfg.channels_last, "distributed": self.dist}
             with state.evaluated() as model:
                 val = evaluate(model, self.data.val, self.eval_batch_size, **options)

@@ -54,7 +54,7 @@ def test_only_the_validation_images_depend_on_the_seed():
 
 def test_digits_statistics_are_those_of_the_training_images():
     data = load(val_fraction=0)
-    assert data.val is None and len(data.train) == 1437
+    assert (len(data.val), len(data.train)) == (0, 1437)
     x = torch.cat([x for x, _ in data.train.batches(500)]).double()
     assert x.mean().item() == pytest.approx(0, abs=1e-6) and x.std(unbiased=False).item() == pytest.approx(1, abs=1e-6)
 

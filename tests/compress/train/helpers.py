@@ -24,8 +24,7 @@ def small_bundle(train: int = 70, val: int = 20, classes: int = 3, side: int = 6
         images = (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8)
         return TensorSplit(images, labels, transform, torch.device(device))
 
-    parts = split(train), split(val) if val else None, split(30)
-    return DataBundle("small", classes, (1, side, side), *parts, transform.mean, transform.std)
+    return DataBundle("small", classes, (1, side, side), split(train), split(val), split(30), transform.mean, transform.std)
 
 
 def small_network(norm: bool = True, dropout: float = 0.2, classes: int = 3) -> nn.Module:
