@@ -58,8 +58,8 @@ class Method(Protocol):
     def prepare(self, context: Context) -> Any:
         """Statistics or scores of the unpruned network."""
 
-    def largest(self, context: Context, budget: str) -> float:
-        """The largest ratio of `budget` that the method can remove."""
+    def check_budget(self, context: Context, budget: dict[str, float]) -> None:
+        """Raise `UserError` for a budget that no plan of this method reaches; `context` needs no data."""
 
     def apply(self, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
         """Compress `model` in place to `budget` ({"macs": 0.5}) and return what was done."""

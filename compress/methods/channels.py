@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.allocate import allocate, largest
+from compress.allocate import allocate, check_ratio
 from compress.criteria import CRITERIA
 from compress.methods import Context
 from compress.plan import Plan
@@ -31,9 +31,9 @@ class ChannelMethod:
         return self.criterion.score(
             context.graph, context.model, context.batches, context.loss_fn, context.generator, **context.options)
 
-    def largest(self, context: Context, budget: str) -> float:
-        """The largest ratio of `budget` that the caps leave reachable."""
-        return largest(context.graph, budget, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
+    def check_budget(self, context: Context, budget: dict[str, float]) -> None:
+        """Raise `UserError` where the caps leave `budget` out of reach."""
+        check_ratio(context.graph, budget, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
         """Remove the lowest-scored channels until `budget` is met, in place."""

@@ -124,11 +124,13 @@ def check(config: Config) -> Prepared:
     if config.model.weights is not None:
         own("models").load_weights(model, config.model.weights)
     graph = trace(model, example, exclude=tuple(config.prune.exclude))
-    context = context_for(config, model, graph, [], config.prune.methods[0], 0)
     for name in config.prune.methods:
-        top = methods.method(name).largest(context, config.prune.budget)
-        faults += [f"`prune.ratios` = {ratio:g}: method {name!r} can remove at most {top:.3f} of the {config.prune.budget} of {_name(config.model)}; "
-                   "lower the ratio, raise max_layer_ratio or exclude less." for ratio in config.prune.ratios if ratio > top + 0.005]
+        context = context_for(config, model, graph, [], name, 0)
+        for ratio in config.prune.ratios:
+            try:
+                methods.method(name).check_budget(context, {config.prune.budget: ratio})
+            except UserError as error:
+                faults += [f"`prune.ratios`, method {name!r}: {fault}" for fault in error.faults]
     if faults:
         raise UserError(*faults)
     return Prepared(model, graph, example, num_classes)
