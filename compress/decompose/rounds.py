@@ -1,0 +1,225 @@
+"""EigenDamage on a network: which layers, their importances, one threshold, the blocks, one round after another.
+
+A round takes statistics, scores every target layer, and replaces those that get smaller. A layer that is a block already is pruned in
+its core, and the new rotations are merged into its outer factors (their outer widths stay). Between rounds the caller fine-tunes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.config import Section
+from compress.curvature import collect
+from compress.curvature.linalg import Spectrum
+from compress.decompose.eigen import bases, depthwise, importance, keep_coordinates, merge_outer
+from compress.decompose.factors import Factors, orthonormalise
+from compress.decompose.modules import FactorizedConv2d, FactorizedLinear, build_block, factors_cost, layer_cost, replace_module
+from compress.decompose.selection import Sides, keep, normalized, pool, threshold
+from compress.errors import UserError
+
+BLOCKS = (FactorizedConv2d, FactorizedLinear)
+
+
+class EigenDamageOptions(Section):
+    """Options of EigenDamage; the defaults are the published one-shot values."""
+
+    pool_fraction: float = Field(0.5, ge=0, lt=1, description="share of all row and column scores that one round removes (the published ratio), where no budget is given")
+    cap: float = Field(0.95, gt=0, le=1, description="largest fraction of a layer's rows, or columns, that one round removes (published: 0.95 one-shot, 0.5 iterative)")
+    rounds: int = Field(1, ge=1, description="prune and fine-tune rounds (published: 7 with pool_fraction 0.5 and cap 0.5)")
+    normalize: bool = Field(False, description="divide each layer's row scores and column scores by their sums")
+    fix_rotation: bool = Field(False, description="keep the outer factors fixed during fine-tuning")
+    fisher: Literal["true", "exact", "empirical"] = Field("true", description="labels drawn from the network, all classes weighted, or the data's labels")
+    samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
+    use_patch: bool = Field(True, description="channel covariance over the pixels of all windows; off: every input pixel once")
+    ekfac: bool = Field(False, description="EKFAC second moments from all calibration data in the place of products of eigenvalues")
+    depthwise: bool = Field(False, description="split the kept core into a depthwise convolution between 1x1 convolutions")
+    skip_last: bool = Field(True, description="leave the last linear layer as it is")
+    accept: Literal["both", "params"] = Field("both", description="replace a layer only if it has fewer parameters and MACs, or (as published) no more parameters")
+
+    @property
+    def form(self) -> str:
+        """Shape of the blocks: "three" factors, or a "depthwise" core where the kernel is larger than 1x1."""
+        return "depthwise" if self.depthwise else "three"
+
+
+@dataclass
+class Scored:
+    """A target layer: the module to replace, the weight that is rotated, its spectra and its importances."""
+
+    module: nn.Module
+    weight: Tensor
+    spectra: tuple[Spectrum, Spectrum]
+    sides: Sides
+    input_shape: tuple[int, ...]
+
+
+def targets(model: nn.Module, skip_last: bool = True, exclude: Sequence[str] = ()) -> dict[str, str]:
+    """Layer name -> name whose statistics it needs (a three-factor block's core, else the layer itself).
+
+    Taken are Linear and Conv2d without groups (exactly these types) and three-factor blocks; not the last linear layer, nor names that
+    match a pattern of `exclude`.
+    """
+    found: dict[str, str] = {}
+    linear: str | None = None
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BLOCKS):
+            inside = (*inside, f"{name}.")
+            if module.factors().core is not None and len(module) == 3 and not getattr(module, "depthwise", False) and getattr(module, "groups", 1) == 1:
+                found[name] = f"{name}.core"
+        elif type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
+            found[name] = name
+        if isinstance(module, (nn.Linear, FactorizedLinear)):
+            linear = name
+    if skip_last and linear is not None:
+        found.pop(linear, None)
+    return {name: source for name, source in found.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)}
+
+
+def block_input_shape(module: nn.Module, core_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One image's input shape of a block from that of its core: a first factor that strides is undone."""
+    if isinstance(module, FactorizedLinear):
+        return (*core_shape[:-1], module.in_features)
+    first = module.input
+    padding = (0, 0) if isinstance(first.padding, str) else first.padding
+    size = ((n - 1) * s + 1 - 2 * p for n, s, p in zip(core_shape[-2:], first.stride, padding, strict=True))
+    return (module.in_channels, *size)
+
+
+def scores(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions, generator: torch.Generator | None = None,
+           exclude: Sequence[str] = ()) -> dict[str, Scored]:
+    """Statistics and importances of every target layer.
+
+    Raises
+    ------
+    UserError: no target layer, or one that no image reached. RunError: NaN or infinity in a layer.
+    """
+    sources = targets(model, options.skip_last, exclude)
+    if not sources:
+        raise UserError("No layer is left to decompose; EigenDamage needs a Linear or an ungrouped Conv2d besides the last linear layer.")
+    factors = collect(model, batches, layers=sources.values(), fisher=options.fisher, samples=options.samples, bias=False,
+                      patch="channel" if options.use_patch else "pixel", generator=generator, ekfac=options.ekfac)
+    found = {}
+    for name, source in sources.items():
+        module, entry = model.get_submodule(name), factors[source]
+        weight = model.get_submodule(source).weight.detach()
+        spectra = entry.eigen() if entry.second is not None else bases(weight, entry.A, entry.G, repr(name))
+        shape = entry.input_shape if source == name else block_input_shape(module, entry.input_shape)
+        found[name] = Scored(module, weight, spectra, Sides(*importance(weight, *spectra, entry.second)), shape)
+    return found
+
+
+def proposal(scored: Scored, kept: Sides, options: EigenDamageOptions) -> Factors:
+    """The factors that a layer would get."""
+    inner = keep_coordinates(scored.weight, scored.spectra[0].vectors, scored.spectra[1].vectors, kept.rows, kept.columns)
+    factors = merge_outer(scored.module.factors(), inner) if isinstance(scored.module, BLOCKS) else inner
+    if options.depthwise and factors.core.ndim == 4 and factors.core[0, 0].numel() > 1:
+        factors = orthonormalise(depthwise(factors)).map(lambda tensor: tensor.to(scored.weight.dtype))
+    return factors
+
+
+def shapes_only(scored: Scored, kept: Sides, form: str) -> Factors:
+    """The block that a selection leads to, on the meta device, for counting.
+
+    form: "three", "depthwise" (three where the kernel is 1x1), or "output" (rank r_o: the kernel, then a 1x1; matrices get two factors).
+    """
+    r_out, r_in = len(kept.rows), len(kept.columns)
+    kernel = scored.weight.shape[2:]
+    outer = scored.module.factors() if isinstance(scored.module, BLOCKS) else None
+    inputs = outer.input.shape[1] if outer else scored.weight.shape[1]
+    outputs = outer.output.shape[0] if outer else scored.weight.shape[0]
+    rank = min(r_out, r_in)
+    with torch.device("meta"):
+        if form == "depthwise" and len(kernel) == 2 and kernel.numel() > 1:
+            return Factors(torch.empty(rank, inputs), torch.empty(rank, 1, *kernel), torch.empty(outputs, rank), depthwise=True)
+        if form == "output" and not kernel:
+            return Factors(torch.empty(rank, inputs), None, torch.empty(outputs, rank))
+        if form == "output":
+            width = scored.weight.shape[1]
+            return Factors(torch.empty(width, inputs) if outer else None, torch.empty(r_out, width, *kernel), torch.empty(outputs, r_out))
+        return Factors(torch.empty(r_in, inputs), torch.empty(r_out, r_in, *kernel), torch.empty(outputs, r_out))
+
+
+def accepted(scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions) -> dict[str, tuple[int, int]]:
+    """Layers that get smaller -> (parameters, MACs per image) saved."""
+    savings = {}
+    for name, entry in scored.items():
+        old = layer_cost(entry.module, entry.input_shape)
+        new = factors_cost(entry.module, shapes_only(entry, kept[name], options.form), entry.input_shape)
+        # the layer as it is, in its own basis, is no compression even where a count allows it
+        untouched = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2] and options.form == "three"
+        smaller = new[0] < old[0] and new[1] < old[1] if options.accept == "both" else new[0] <= old[0]
+        if smaller and not untouched:
+            savings[name] = old[0] - new[0], old[1] - new[1]
+    return savings
+
+
+def select(scored: dict[str, Scored], options: EigenDamageOptions, pool_fraction: float | None = None) -> dict[str, Sides]:
+    """Kept indices of every layer at a pool fraction (the options' own if None)."""
+    sides = {name: Sides(entry.sides.rows.cpu(), entry.sides.columns.cpu()) for name, entry in scored.items()}
+    if options.normalize:
+        sides = normalized(sides)
+    return keep(sides, threshold(pool(sides), options.pool_fraction if pool_fraction is None else pool_fraction), options.cap)
+
+
+def fraction_for(scored: dict[str, Scored], options: EigenDamageOptions, needed: tuple[int, int]) -> float:
+    """The smallest pool fraction that saves at least `needed` (parameters, MACs per image), by bisection on exact counts.
+
+    Raises
+    ------
+    UserError: more than the cap allows; says what can be saved.
+    """
+    total = sum(entry.sides.rows.numel() + entry.sides.columns.numel() for entry in scored.values())
+
+    def saved(count: int) -> tuple[int, int]:
+        savings = accepted(scored, select(scored, options, count / total), options).values()
+        return sum(s[0] for s in savings), sum(s[1] for s in savings)
+
+    def enough(count: int) -> bool:
+        return all(have >= want for have, want in zip(saved(count), needed, strict=True))
+
+    low, high = 0, total - 1
+    if not enough(high):
+        parameters, macs = saved(high)
+        raise UserError(f"This round can save at most {parameters} parameters and {macs} MACs under the cap of {options.cap:g}, "
+                        f"but {needed[0]} and {needed[1]} are needed; use more rounds or a smaller ratio.")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low / total
+
+
+def apply_round(model: nn.Module, scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions,
+                propose: Callable[[Scored, Sides, Any], Factors] = proposal) -> list[str]:
+    """Replaces, in place, every layer that gets smaller by what `propose` gives; returns their names."""
+    changed = list(accepted(scored, kept, options))
+    for name in changed:
+        entry = scored[name]
+        sides = Sides(*(side.to(entry.weight.device) for side in kept[name]))
+        block = build_block(entry.module, propose(entry, sides, options))
+        if options.fix_rotation:
+            for factor in ("input", "output"):
+                if hasattr(block, factor):
+                    getattr(block, factor).weight.requires_grad_(False)
+        replace_module(model, name, block)
+    return changed
+
+
+def eigendamage_round(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions, generator: torch.Generator | None = None,
+                      exclude: Sequence[str] = (), needed: tuple[int, int] | None = None) -> list[str]:
+    """One round in place: scores, threshold (`options.pool_fraction`, or bisected to save `needed` parameters and MACs), replacement.
+
+    Returns the names of the replaced layers. Raises UserError as `scores` and `fraction_for`.
+    """
+    scored = scores(model, batches, options, generator, exclude)
+    fraction = options.pool_fraction if needed is None else fraction_for(scored, options, needed)
+    return apply_round(model, scored, select(scored, options, fraction), options)
