@@ -4,12 +4,14 @@
     python -m compress.experiments.nim --arch VGG16 --dataset cifar10 --load_name WEIGHTS --prune --prune_method L1+RANDOM
 
 The document's own flags are kept (`--arch`, `--dataset`, `--load_name`, `--prune_method`, `--prune_speed`, `--nim_stride_size`, ...).
-Sparsities are fractions throughout; the published lists are percentages of single layers, averaged without weights, and stop at 0.9 percent.
+Sparsities are fractions throughout; the published lists are percentages of single layers, averaged without weights, and stop at 0.9
+percent.
 
 One run per architecture, data set, method and seed:
 1. stabilise: `stabilise_epochs` at prune_lr; 2. for i = 1..steps: play to sparsity i * prune_speed, train 1 epoch at prune_lr / 10;
 3. fine-tune `finetune_epochs` at prune_lr / 100. The optimizer starts anew in every phase. The result is the list
-[(sparsity, accuracy), ...]: the loaded network, each stabilising epoch, each prune step, each fine-tuning epoch. Accuracies are measured, never carried over from an earlier epoch.
+[(sparsity, accuracy), ...]: the loaded network, each stabilising epoch, each prune step, each fine-tuning epoch. Accuracies are
+measured, never carried over from an earlier epoch.
 """
 
 from __future__ import annotations

@@ -59,20 +59,28 @@ def _sentence(kind: type[Section], fault: Any) -> str:
 
 def load_settings(kind: type[Kind], path: Path | str | None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None) -> Kind:
     """Settings from a JSON file (None: the defaults), then `flags` (nested, given ones only), then `path.to.key=value` overrides."""
-    raw = {} if path is None else read_json(Path(path), "configuration file")
-    if not isinstance(raw, dict):
+    given = {} if path is None else read_json(Path(path), "configuration file")
+    if not isinstance(given, dict):
         raise UserError(f"The configuration file {path} must hold a JSON object.")
-    _merge(raw, flags or {})
+    # An experiment's sections have defaults of their own, so that a section given in part must be laid over them.
+    raw = kind().model_dump(mode="json", by_alias=True)
+    _merge(raw, given)
+    _merge(raw, _given(flags or {}))
     for override in overrides:
         apply_override(raw, override)
     return validate(kind, raw)
 
 
-def _merge(raw: dict[str, Any], flags: dict[str, Any]) -> None:
-    for key, value in flags.items():
-        if isinstance(value, dict) and isinstance(raw.get(key, {}), dict):
-            _merge(raw.setdefault(key, {}), value)
-        elif value is not None:
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Without the flags that were not given (None)."""
+    return {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items() if value is not None}
+
+
+def _merge(raw: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(raw.get(key), dict):
+            _merge(raw[key], value)
+        else:
             raw[key] = value
 
 
