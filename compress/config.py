@@ -21,8 +21,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, how they are split, normalised and augmented."""
 
-    name: Literal["digits", "cifar10", "cifar100", "fashion_mnist", "tiny_imagenet", "image_folder"] = Field(
-        "digits", description="data set; `digits` is embedded in scikit-learn and needs no files")
+    name: str = Field("digits", description="data set: digits (embedded in scikit-learn, needs no files), cifar10, cifar100, fashion_mnist, tiny_imagenet, image_folder")
     root: Path | None = Field(None, description="folder that holds the data set; COMPRESS_DATA is used where this is null")
     download: bool = Field(False, description="let torchvision download the data set into root")
     batch_size: int = Field(128, ge=1, description="images per training step, over all processes together")
@@ -113,7 +112,7 @@ class PruneConfig(Section):
     budget: Literal["params", "macs", "latency", "weights"] = Field("macs", description="quantity that the ratio is taken of")
     ratios: list[float] = Field([0.5], min_length=1, description="fractions REMOVED of the budgeted quantity, each in [0, 1)")
     allocation: Literal["uniform", "global"] = Field("global", description="how channel methods share the budget: the same fraction in every group, or one threshold")
-    max_layer_ratio: float = Field(0.95, gt=0, lt=1, description="global: largest fraction of a group's channels that may be removed")
+    max_layer_ratio: float = Field(0.95, gt=0, lt=1, description="largest fraction of a group's channels that may be removed")
     round_to: int = Field(1, ge=1, description="kept widths are rounded down to multiples of this where the width allows; the budget is then met from below")
     exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are")
     calibration_images: int = Field(1024, ge=1, description="training images used for statistics")

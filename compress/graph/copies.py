@@ -56,14 +56,16 @@ def to_meta(inputs: tuple) -> tuple:
     return tree_map(lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def random_like(inputs: tuple, seed: int, dtype: torch.dtype | None = None) -> tuple:
-    """Standard normal numbers in place of every floating-point tensor; other tensors keep their values."""
+def random_like(inputs: tuple, seed: int, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple:
+    """Standard normal numbers in place of every floating-point tensor; other tensors keep their values. On `device` where it is given."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor):
             return leaf
-        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(device=leaf.device, dtype=dtype or leaf.dtype)
+        if not leaf.is_floating_point():
+            return leaf.to(device or leaf.device)
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(device=device or leaf.device, dtype=dtype or leaf.dtype)
 
     return tree_map(draw, inputs)
 

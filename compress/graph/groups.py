@@ -115,8 +115,11 @@ def _finish(drafts: list[tuple[Array, list[Member]]], reasons: dict[int, str]) -
             name = f"{producer.parameter}#{number}"
         used.add(name)
         group = ChannelGroup(name, len(classes), members, components=classes)
-        reason = reasons.get(int(classes[0]), "" if len(classes) > 1 else "only one channel could be removed, and one must stay")
-        if reason:
-            group.pin(reason)
+        if int(classes[0]) in reasons:
+            group.pin(reasons[int(classes[0])])
+        elif not any(member.role == OUT for member in members):
+            group.pin("no layer produces these channels")
+        elif len(classes) == 1:
+            group.pin("only one channel could be removed, and one must stay")
         groups.append(group)
     return groups

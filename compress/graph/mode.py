@@ -7,7 +7,9 @@ rule pins every label that reaches it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,17 @@ class Call:
         return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
 
 
+_OWN = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+def program_line() -> str:
+    """ "file:number" of the innermost line of the program that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
 class Trace:
     """What is known while the network runs: labels of live tensors, atoms, costs, module attributes, guesses.
 
@@ -79,7 +92,7 @@ class Trace:
         self.grouped: dict[str, str] = {}
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls = self._guesses = 0
-        self.unknown: dict[str, str] = {}
+        self.touched: set[str] = set()
         self._tensors = WeakTensorKeyDictionary()
 
     def of(self, tensor: Tensor | None) -> Labels:
@@ -124,7 +137,7 @@ class Trace:
         self._guesses += 1
         site = (self.calls, self._guesses)
         choice = min(self.choices.get(site, 0), options - 1)
-        self.assumptions.append(Assumption(site, options, choice, self.where(call), atoms))
+        self.assumptions.append(Assumption(site, options, choice, self.where(call), program_line(), atoms))
         return choice
 
     def module(self, *classes: type) -> tuple[str, nn.Module] | None:
@@ -134,21 +147,27 @@ class Trace:
     def apply(self, call: Call) -> None:
         """Runs the rule of one call."""
         self.calls, self._guesses = self.calls + 1, 0
+        self.touched.update(source for tensor in call.tensors() if (source := self.of(tensor).source))
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in call.func.tags:
             function = RULES["pointwise"]
         if function is not None:
-            function(self, call)
+            try:
+                function(self, call)
+            except Exception as error:  # a form of the operator that its rule does not know must not end in a wrong cut
+                self._refuse(call, f"the rule does not cover this use of {self.where(call)}: {type(error).__name__}")
             return
-        for tensor in call.tensors():
-            labels = self.of(tensor)
-            if labels.dims:
-                reason = f"no rule for {self.where(call)}"
-                self.unknown[call.op] = reason
-                self.pin(labels, reason)
+        self._refuse(call, f"no rule for {self.where(call)}")
         formula = flop_registry.get(call.func.overloadpacket)
         if formula is not None:
             self.costs.append(Cost("", formula(*call._args, **call._kwargs, out_val=call.out) // 2, []))
+
+    def _refuse(self, call: Call, reason: str) -> None:
+        """Pins everything that goes into an operator; nothing that comes out of it can be removed."""
+        for tensor in call.tensors():
+            self.pin(self.of(tensor), reason)
+        for tensor in call.outputs():
+            self._tensors.pop(tensor, None)
 
 
 class LabelMode(TorchDispatchMode):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from compress.graph.channel_graph import ChannelGraph
 from compress.graph.copies import quiet, real_copy
 from compress.graph.groups import ChannelGroup
+from compress.graph.records import Assumption
 from compress.graph.verify import Verdict, one_line
 from compress.surgery import apply_prune
 
@@ -44,11 +45,12 @@ def sample(groups: Iterable[ChannelGroup]) -> dict[ChannelGroup, Any]:
 
 
 class LastOperator(TorchDispatchMode):
-    """Remembers the operator that was called last, to name it when it fails."""
+    """Remembers the operator that was called last and its running number, to name it when it fails."""
 
-    name = ""
+    name, calls = "", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.calls += 1
         self.name = f"aten.{func._schema.name.split('::')[1]}"
         return func(*args, **(kwargs or {}))
 
@@ -59,10 +61,15 @@ def shapes_of(model: nn.Module, inputs: tuple) -> list[torch.Size]:
         return [leaf.shape for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, torch.Tensor)]
 
 
-def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> dict[ChannelGroup, Verdict]:
-    """Groups whose removal makes `model` (a copy, on the meta device where possible) fail or change its output shapes."""
+def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> tuple[dict[ChannelGroup, Verdict], list[Assumption]]:
+    """Groups whose removal makes `model` (a copy, on the meta device where possible) fail or change its output shapes.
+
+    Where the run stops at an operator whose constants were guessed, the guesses made on that line of the program are returned instead.
+    """
     expected = shapes_of(model, inputs)
     removals = sample(group for group in graph.groups if group.prunable)
+
+    suspects: list[Assumption] = []
 
     def fits(groups: list[ChannelGroup]) -> Verdict:
         undo = apply_prune(model, graph.step({group: removals[group] for group in groups}))
@@ -71,15 +78,18 @@ def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> dict[C
             with last:
                 got = shapes_of(model, inputs)
         except Exception as error:
+            here = {(a.line, a.choice) for a in graph.assumptions if a.site[0] == last.calls}
+            suspects.extend(a for a in graph.assumptions if (a.line, a.choice) in here and a.choice < a.options - 1)
             return Verdict(float("inf"), None, f"{last.name} does not follow: {one_line(error)}")
         finally:
             undo()
         return Verdict(0.0, None, "" if got == expected else "the output would change its shape")
 
     verdicts: dict[ChannelGroup, Verdict] = {}
-    if removals:
+    if removals and not fits(list(removals)) and not suspects:
         failing(list(removals), fits, verdicts)
-    return verdicts
+        suspects.clear()
+    return verdicts, suspects
 
 
 def probe_values(graph: ChannelGraph, model: nn.Module) -> dict[ChannelGroup, Verdict]:

@@ -27,10 +27,14 @@ class Count:
 
 @dataclass
 class Assumption:
-    """A guess about a constant in the program (`y[:, :8]`: half, or eight?), checked on real numbers before it is used."""
+    """A guess about a constant in the program (`y[:, :8]`: half, or eight?), checked on real numbers before it is used.
+
+    `site`: running number of the call, and of the guess within it. `line`: "file:number" of the program's line.
+    """
 
     site: tuple[int, int]
     options: int
     choice: int
     op: str
+    line: str
     atoms: list[Array] = field(default_factory=list)

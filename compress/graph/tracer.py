@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import RunError, UserError
 from compress.graph import rules_conv, rules_elementwise, rules_linear, rules_reduce, rules_shape, rules_split  # noqa: F401
@@ -38,8 +38,9 @@ def trace(model: nn.Module, example_inputs: Any, *, exclude: Sequence[str] = (),
 
     Raises UserError where an exclude pattern matches nothing, RunError where the network cannot be run on the example.
     """
+    _refuse(model)
     inputs = as_arguments(example_inputs)
-    excluded = _excluded(model, exclude)
+    excluded = {name: f"excluded by {pattern!r}" for name, pattern in _excluded(model, exclude).items()} | _aliases(model)
     skeleton, choices, pins = meta_copy(model), {}, []  # type: ignore[var-annotated]
     runnable, arguments = skeleton, to_meta(inputs)
     try:
@@ -52,9 +53,11 @@ def trace(model: nn.Module, example_inputs: Any, *, exclude: Sequence[str] = (),
             raise RunError(f"The network could not be run on the example inputs: {one_line(error)}.") from error
     graph = _reread(graph, choices, lambda: _once(runnable, skeleton, arguments, inputs, excluded, choices, pins))
     for _ in range(ROUNDS if probe else 0):
-        failed = probe_shapes(graph, runnable, arguments) or probe_values(graph, model)
-        if not failed:
+        failed, suspects = probe_shapes(graph, runnable, arguments)
+        failed = failed if failed or suspects else probe_values(graph, model)
+        if not failed and not suspects:
             break
+        choices.update({assumption.site: assumption.choice + 1 for assumption in suspects})
         _narrow(graph, failed, choices, pins)
         graph = _once(runnable, skeleton, arguments, inputs, excluded, choices, pins)
     return graph
@@ -87,6 +90,29 @@ def _narrow(graph: ChannelGraph, failed: dict[ChannelGroup, Verdict], choices: d
                 choices[assumption.site], moved = assumption.choice + 1, True
         if not moved:
             pins += [(member.parameter, member.dim, member.indices.flatten(), verdict.problem) for member in group.members[:1]]
+
+
+def _refuse(model: nn.Module) -> None:
+    """UserError for wrappers that cannot be copied and cut."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        raise UserError(f"A network wrapped in {type(model).__name__} cannot be traced; give the network inside it.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError("A scripted network cannot be traced; give the nn.Module that it was made from.")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UserError(f"Parameter {name!r} has no shape yet; run the network once before tracing it.")
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Tensors that start at the same address as another one without being the same object."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in named_tensors(model).items():
+        if tensor.numel() and not tensor.is_meta:
+            other = first.setdefault(tensor.data_ptr(), name)
+            if other != name:
+                found.update({name: f"shares its memory with {other!r}", other: f"shares its memory with {name!r}"})
+    return found
 
 
 def _excluded(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -134,14 +160,14 @@ def _once(runnable: nn.Module, skeleton: nn.Module, arguments: tuple, inputs: tu
         owned[name] = (tuple(tensor.shape), dims)
         if name in excluded:
             for atoms in dims.values():
-                state.atoms.pin(atoms, f"excluded by {excluded[name]!r}")
+                state.atoms.pin(atoms, excluded[name])
     for name, dim, indices, reason in pins:
         state.atoms.pin(owned[name][1][dim][indices.numpy()], reason)
-    with quiet(), _stack(runnable, state), LabelMode(state):
-        output = runnable(*arguments)
-    for leaf in tree_leaves(output if not hasattr(output, "__dataclass_fields__") else vars(output)):
-        if isinstance(leaf, Tensor):
-            state.pin(state.of(leaf), "output of the network")
+    _watch(runnable, arguments, state)
+    costs = list(state.costs)
+    if runnable is skeleton and set(dict(runnable.named_parameters())) - state.touched:
+        _watch_training(runnable, arguments, state)
+    state.costs = costs
     for name, tensor in tensors.items():
         for dim, atoms in owned[name][1].items():
             current = state.of(tensor).dims.get(dim)
@@ -151,3 +177,29 @@ def _once(runnable: nn.Module, skeleton: nn.Module, arguments: tuple, inputs: tu
     groups, component, reasons = solve(state.atoms, list(tensors))
     first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
     return ChannelGraph(skeleton, inputs, state, groups, component, reasons, owned, set(parameters), max(1, len(first)) if first is not None else 1)
+
+
+def _watch(model: nn.Module, arguments: tuple, state: Trace) -> None:
+    """Runs the network under the dispatch mode; its outputs are pinned."""
+    with quiet(), _stack(model, state), LabelMode(state):
+        output = model(*arguments)
+    for leaf in tree_leaves(output if not hasattr(output, "__dataclass_fields__") else vars(output)):
+        if isinstance(leaf, Tensor):
+            state.pin(state.of(leaf), "output of the network")
+
+
+def _watch_training(model: nn.Module, arguments: tuple, state: Trace) -> None:
+    """Runs the network once more in training mode, for layers that evaluation does not reach (auxiliary heads).
+
+    A network without numbers, so that no statistics change; two copies of the batch, because BatchNorm refuses a single value.
+    """
+    modes = {module: module.training for module in model.modules()}
+    doubled = tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf, arguments)
+    model.train()
+    try:
+        _watch(model, doubled, state)
+    except Exception:
+        state.stack.clear()  # such layers then keep their shapes only as long as nothing they read is cut, which training reports
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

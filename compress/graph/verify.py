@@ -51,14 +51,14 @@ def run(model: nn.Module, inputs: tuple) -> list[torch.Tensor]:
 
 def compare(masked: nn.Module, cut: nn.Module, inputs: tuple, macs: int, seed: int = 0) -> Verdict:
     """Runs both copies (they may be converted to float64) and compares them."""
-    verdict = Verdict(0.0, None)
+    verdict, device = Verdict(0.0, None), next((tensor.device for tensor in masked.parameters()), None)
     for dtype in (torch.float64,) if macs <= FLOAT64_MACS else (torch.float32, torch.float64):
-        drawn = random_like(inputs, seed, dtype)
+        drawn = random_like(inputs, seed, dtype, device)
         try:
             expected = run(masked.to(dtype), drawn)
         except Exception as error:
             if dtype == torch.float64 and macs <= FLOAT64_MACS:
-                return _fallback(masked, cut, inputs, seed)
+                return _fallback(masked, cut, random_like(inputs, seed, torch.float32, device))
             return verdict if verdict.dtype is not None else Verdict(float("inf"), dtype, f"the original itself fails: {one_line(error)}")
         try:
             got = run(cut.to(dtype), drawn)
@@ -70,9 +70,8 @@ def compare(masked: nn.Module, cut: nn.Module, inputs: tuple, macs: int, seed: i
     return verdict
 
 
-def _fallback(masked: nn.Module, cut: nn.Module, inputs: tuple, seed: int) -> Verdict:
+def _fallback(masked: nn.Module, cut: nn.Module, drawn: tuple) -> Verdict:
     """For networks that cannot run in float64."""
-    drawn = random_like(inputs, seed, torch.float32)
     try:
         expected = run(masked.to(torch.float32), drawn)
     except Exception as error:

@@ -36,9 +36,9 @@ class Masks:
         self.scope = scope
 
     @classmethod
-    def attach(cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = ()) -> Masks:
+    def attach(cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = (), biases: bool = False) -> Masks:
         """Give every parameter in `scope` an all-True mask buffer; a mask that is already there stays."""
-        names = select_parameters(model, scope, exclude)
+        names = select_parameters(model, scope, exclude, biases)
         for name in names:
             module, short = _owner(model, name)
             if short + SUFFIX not in module._buffers:

@@ -1,7 +1,7 @@
 """Which parameters a mask may touch.
 
 Presets: `conv` (weights of all convolutions), `conv+linear` (and of all linear layers, attention projections included) and
-`all-weights` (every parameter called `weight`, normalisation scales included). Biases are never masked.
+`all-weights` (every parameter called `weight`, normalisation scales included). Biases are masked only where asked for.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def _in_scope(module: nn.Module, parameter: str, scope: str) -> bool:
     return isinstance(module, nn.Linear) and parameter == "weight"
 
 
-def select_parameters(model: nn.Module, scope: str, exclude: Sequence[str] = ()) -> list[str]:
+def select_parameters(model: nn.Module, scope: str, exclude: Sequence[str] = (), biases: bool = False) -> list[str]:
     """Names of the parameters in `scope`, in the order of the network, each shared parameter once.
 
-    `exclude`: patterns (fnmatch) of layer names or parameter names that stay dense. Raises `UserError` for an unknown scope and for a scope
+    `exclude`: patterns (fnmatch) of layer names or parameter names that stay dense. `biases` adds the
+    biases of the layers in scope. Raises `UserError` for an unknown scope and for a scope
     that matches nothing.
     """
     if scope not in SCOPES:
@@ -43,7 +44,8 @@ def select_parameters(model: nn.Module, scope: str, exclude: Sequence[str] = ())
         for short, parameter in module.named_parameters(recurse=False):
             name = f"{layer}.{short}" if layer else short
             kept_dense = any(fnmatch(layer, pattern) or fnmatch(name, pattern) for pattern in exclude)
-            if _in_scope(module, short, scope) and not kept_dense and id(parameter) not in seen:
+            wanted = "weight" if biases and short == "bias" else short
+            if _in_scope(module, wanted, scope) and not kept_dense and id(parameter) not in seen:
                 seen.add(id(parameter))
                 names.append(name)
     if not names:

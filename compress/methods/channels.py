@@ -33,7 +33,8 @@ class ChannelMethod:
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where the caps leave `budget` out of reach."""
-        check_ratio(context.graph, budget, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
+        names = self.criterion.check(context.graph, context.model, **context.options)
+        check_ratio(context.graph, budget, names=names, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
         """Remove the lowest-scored channels until `budget` is met, in place."""

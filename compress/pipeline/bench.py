@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.api import widths
 from compress.cost import Cost, count
+from compress.errors import RunError
 from compress.latency import compare, peak_memory
 from compress.network_file import load
 from compress.pipeline.folder import digest
@@ -59,7 +60,14 @@ def _timed(job: Job, base: Base, entries: list[dict[str, Any]], networks: dict[s
     for batch in dict.fromkeys((1, settings.batch_size)):
         example = _images(job, batch)
         for mode, suffix in (("eager", ""), ("graph", " graph")) if job.dist.device.type == "cuda" else (("eager", ""),):
-            for name, one in compare(networks, example, settings.seconds, settings.threads, mode).items():
+            try:
+                timed = compare(networks, example, settings.seconds, settings.threads, mode)
+            except RunError as error:  # a network that cannot be captured in a CUDA graph still has its eager times
+                if mode != "graph":
+                    raise
+                job.log(f"no CUDA graph times at batch {batch}: {error}")
+                continue
+            for name, one in timed.items():
                 values = {"median": one.latency.median_ms, "p10": one.latency.p10_ms, "p90": one.latency.p90_ms, "runs": one.latency.runs,
                           "speedup": one.speedup, "speedup_p10": one.speedup_p10, "speedup_p90": one.speedup_p90}
                 if suffix:

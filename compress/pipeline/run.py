@@ -60,7 +60,11 @@ def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> 
     if dist.is_main:
         folder.check(mode)
     prepared = check(config)
+    if config.data.download and not dist.is_main:
+        dist.barrier()  # the first process downloads, the others then find the files
     data = load_data(config.data, seed=config.seed, device=dist.device)
+    if config.data.download and dist.is_main:
+        dist.barrier()
     job = Job(config, folder, data, prepared, dist, log)
     with folder.open(mode) if dist.is_main else contextlib.nullcontext():
         log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {dist.device}")

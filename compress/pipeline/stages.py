@@ -75,7 +75,8 @@ def base_stage(job: Job) -> Base:
         if weights is None:
             job.log(f"training the base network for {config.train.epochs} epochs")
             history = fit(model, job.data, config.train, batch_size=config.data.batch_size, seed=config.seed,
-                          checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist)
+                          checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist,
+                          eval_batch_size=config.data.eval_batch_size)
         accuracy = evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"]
         result = {"accuracy": accuracy, "history": list(history), "seconds": sum(epoch["seconds"] for epoch in history)}
         if job.dist.is_main:
@@ -107,7 +108,8 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     model, plan, info = _read_cut(job, folder / CUT)
     job.log(f"{name}: {info['params']:,} parameters, {info['macs']:,} MACs, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     history = fit(model, job.data, config.finetune, batch_size=config.data.batch_size, seed=seed, teacher=base.model if config.finetune.distill else None,
-                  checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist) if config.finetune.epochs else []
+                  checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist,
+                          eval_batch_size=config.data.eval_batch_size) if config.finetune.epochs else []
     accuracy = evaluate(model, job.data.test, config.data.eval_batch_size)["accuracy"] if history else info["accuracy_oneshot"]
     result = {**info, "name": name, "key": key, "method": method, "ratio": ratio, "seed": seed, "accuracy": accuracy, "history": list(history),
               "seconds": info["seconds"] + sum(epoch["seconds"] for epoch in history)}

@@ -19,7 +19,7 @@ FAULTS = [
     ("device", "gpu", "device"), ("device", "cuda:x", "device"), ("device", 0, "string"), ("threads", 0, "greater than"), ("threads", "2", "integer"),
     ("deterministic", 1, "boolean"), ("deterministic", "yes", "boolean"),
     ("data", None, "object with keys"), ("data", [], "object with keys"), ("data", "cifar10", "object with keys"),
-    ("data.nam", "digits", "did you mean 'name'"), ("data.name", "cifar", "cifar10"), ("data.name", "CIFAR10", "cifar10"), ("data.name", None, "digits"),
+    ("data.nam", "digits", "did you mean 'name'"), ("data.name", 3, "string"), ("data.name", None, "string"),
     ("data.root", 3, "string"), ("data.download", "true", "boolean"), ("data.batch_size", 0, "greater than"), ("data.batch_size", -5, "greater than"),
     ("data.batch_size", 12.5, "integer"), ("data.batch_size", "128", "integer"), ("data.batchsize", 128, "did you mean 'batch_size'"),
     ("data.eval_batch_size", 0, "greater than"), ("data.val_fraction", 1.0, "less than 1"), ("data.val_fraction", -0.1, "greater than"),

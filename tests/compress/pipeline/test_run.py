@@ -121,6 +121,8 @@ def test_dry_run_writes_nothing_and_its_plan_is_the_one_that_is_carried_out(tmp_
     ({"model": {"import": "json:loadz"}}, "has no 'loadz'"),
     ({"model": {"import": "json:dumps"}}, "failed with num_classes=10"),
     ({"model": {"name": "resnet20", "weights": "/nonexistent/w.safetensors"}}, "/nonexistent/w.safetensors"),
+    ({"data": {"name": "cifar11"}}, "did you mean 'cifar10'"),
+    ({"prune": {"methods": ["bn_scale"]}, "model": {"name": "fc"}}, "bn_scale"),
     ({"data": {"name": "cifar10", "root": "/nonexistent"}}, "/nonexistent"),
     ({"data": {"mean": [0.1, 0.2, 0.3]}}, "1 channel"),
     ({"data": {"train_images": 100000}}, "100000"),
