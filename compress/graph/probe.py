@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress.graph.channel_graph import ChannelGraph
 from compress.graph.copies import quiet, real_copy
 from compress.graph.groups import ChannelGroup
 from compress.graph.records import Assumption
-from compress.graph.verify import Verdict, one_line
+from compress.graph.verify import LastOperator, Verdict, one_line
 from compress.surgery import apply_prune
 
 
@@ -42,17 +41,6 @@ def sample(groups: Iterable[ChannelGroup]) -> dict[ChannelGroup, Any]:
     """About 40 % of every group's channels, the same at every call; at least one goes and one stays."""
     rng = np.random.default_rng(0)
     return {g: torch.from_numpy(np.sort(rng.choice(g.size, min(g.size - 1, max(1, round(0.4 * g.size))), replace=False))) for g in groups}
-
-
-class LastOperator(TorchDispatchMode):
-    """Remembers the operator that was called last and its running number, to name it when it fails."""
-
-    name, calls = "", 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.calls += 1
-        self.name = f"aten.{func._schema.name.split('::')[1]}"
-        return func(*args, **(kwargs or {}))
 
 
 def shapes_of(model: nn.Module, inputs: tuple) -> list[torch.Size]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.graph.copies import float_leaves, quiet, random_like
 from compress.surgery import named_tensors
@@ -32,6 +34,17 @@ class Verdict:
 
     def __bool__(self) -> bool:
         return not self.problem
+
+
+class LastOperator(TorchDispatchMode):
+    """Remembers the operator that was called last and its running number, to name it when it fails."""
+
+    name, calls = "", 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.calls += 1
+        self.name = f"aten.{func._schema.name.split('::')[1]}"
+        return func(*args, **(kwargs or {}))
 
 
 def mask(model: nn.Module, slices: Slices) -> None:
@@ -63,7 +76,7 @@ def compare(masked: nn.Module, cut: nn.Module, inputs: tuple, macs: int, seed: i
         try:
             got = run(cut.to(dtype), drawn)
         except Exception as error:
-            return Verdict(float("inf"), dtype, f"the cut network fails: {one_line(error)}")
+            return Verdict(float("inf"), dtype, f"the cut network fails in {_culprit(cut, drawn)}: {one_line(error)}")
         verdict = _judge(expected, got, dtype)
         if verdict:
             return verdict
@@ -79,7 +92,18 @@ def _fallback(masked: nn.Module, cut: nn.Module, drawn: tuple) -> Verdict:
     try:
         return _judge(expected, run(cut.to(torch.float32), drawn), torch.float32)
     except Exception as error:
-        return Verdict(float("inf"), torch.float32, f"the cut network fails: {one_line(error)}")
+        return Verdict(float("inf"), torch.float32, f"the cut network fails in {_culprit(cut, drawn)}: {one_line(error)}")
+
+
+def _culprit(model: nn.Module, inputs: tuple) -> str:
+    """The last operator of a run that fails."""
+    last = LastOperator()
+    try:
+        with last:
+            run(model, inputs)
+    except Exception:
+        return last.name or "the program itself"
+    return "the program itself"
 
 
 def _judge(expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.dtype) -> Verdict:
