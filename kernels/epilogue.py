@@ -15,17 +15,21 @@ from torch.nn import functional as F
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
+def check(activation: str) -> None:
+    """ValueError unless `activation` is one of ACTIVATIONS."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"the activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+
+
 def activate(z: Tensor, activation: str) -> Tensor:
-    """act(z), elementwise. `activation` is one of ACTIVATIONS, otherwise ValueError."""
-    if activation == "none":
-        return z
+    """act(z), elementwise. `activation` is one of ACTIVATIONS."""
     if activation == "relu":
         return F.relu(z)
     if activation == "gelu":
         return F.gelu(z)
     if activation == "silu":
         return F.silu(z)
-    raise ValueError(f"the activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    return z
 
 
 def slope(z: Tensor, activation: str) -> Tensor:

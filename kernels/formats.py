@@ -14,6 +14,7 @@ from types import ModuleType
 from torch import Tensor
 
 FORMATS = ("run16", "vector_block", "sparse_conv", "two_four", "compact", "csr")
+CONVOLUTIONS = ("sparse_conv", "csr")
 
 
 @dataclass
@@ -39,7 +40,13 @@ def module_of(name: str) -> ModuleType:
 
 
 def linear_operator(name: str) -> Callable[..., Tensor]:
+    """The torch operator that multiplies by a packed matrix; schema operator.LINEAR_SCHEMA."""
     return getattr(module_of(name), f"{name}_linear")
+
+
+def conv_operator(name: str) -> Callable[..., Tensor]:
+    """The torch operator that convolves with a packed weight; schema convolution.SCHEMA."""
+    return getattr(module_of(name), f"{name}_conv2d")
 
 
 def pack(name: str, weight: Tensor, mask: Tensor | None = None, **options) -> Packed:

@@ -26,6 +26,7 @@ NAMESPACE = "compress_kernels"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Positions = Callable[[Tensor, Sequence[Tensor], int, int, Sequence[int]], Tensor]
 Launch = Callable[..., Tensor]
+Direct = Callable[..., Tensor | None]
 
 LINEAR_SCHEMA = (
     "(Tensor x, Tensor values, Tensor[] index, Tensor? scale, Tensor? bias, Tensor? residual, int rows, int columns, int kept, "
@@ -57,23 +58,25 @@ def take(dense: Tensor, positions: Tensor) -> Tensor:
     return flat[positions.reshape(-1)].reshape(positions.shape)
 
 
-def check_linear(x: Tensor, values: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None, rows: int, columns: int) -> None:
-    """One sentence for whatever would make the kernel read or write outside its buffers."""
-    if x.ndim == 0 or x.shape[-1] != columns:
-        raise ValueError(f"the input has shape {list(x.shape)}, but its last dimension must be {columns}, the columns of the packed weight")
+def check_tensors(x: Tensor, values: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None, rows: int) -> None:
+    """One sentence for a wrong data type, device or vector length."""
     if values.dtype not in DTYPES:
         raise TypeError(f"the packed values are {values.dtype}, but only bfloat16, float16 and float32 are supported")
-    expected = {"the input": x, **{name: t for name, t in vectors.items() if t is not None}}
-    if residual is not None:
-        expected["the residual"] = residual
-    for name, tensor in expected.items():
-        if tensor.dtype != values.dtype:
+    for name, tensor in (("the input", x), *vectors.items(), ("the residual", residual)):
+        if tensor is not None and tensor.dtype != values.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, but the packed weight is {values.dtype}: convert one of them")
-        if tensor.device != values.device:
+        if tensor is not None and tensor.device != values.device:
             raise ValueError(f"{name} is on {tensor.device}, but the packed weight is on {values.device}: move one of them")
     for name, tensor in vectors.items():
         if tensor is not None and tuple(tensor.shape) != (rows,):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, but one number per output row is needed: [{rows}]")
+
+
+def check_linear(x: Tensor, values: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None, rows: int, columns: int) -> None:
+    """One sentence for whatever would make the kernel read or write outside its buffers."""
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(f"the input has shape {list(x.shape)}, but its last dimension must be {columns}, the columns of the packed weight")
+    check_tensors(x, values, vectors, residual, rows)
 
 
 def existing(name: str) -> Callable[..., Tensor] | None:
@@ -81,12 +84,12 @@ def existing(name: str) -> Callable[..., Tensor] | None:
     return getattr(getattr(torch.ops, NAMESPACE), name, None)
 
 
-def define_linear(name: str, positions: Positions, launch: Launch, direct: Callable[..., Tensor | None] | None = None) -> Callable[..., Tensor]:
+def define_linear(name: str, positions: Positions, launch: Launch | None, direct: Direct | None = None) -> Callable[..., Tensor]:
     """Registers `compress_kernels::<name>` (schema LINEAR_SCHEMA) and returns it.
 
     `launch(x [N, columns], values, index, scale, bias, residual [N, rows] | None, rows, columns, options, activation) -> y [N, rows]` is
-    the Triton kernel. `direct`, same arguments, may compute the bare product [N, rows] where no Triton kernel runs; without it (or where
-    it returns None) the weight is decoded to dense. y has the shape of x with its last dimension replaced by `rows`.
+    the Triton kernel. `direct`, same arguments, may compute it where no Triton kernel runs; without it (or where it returns None) the
+    weight is decoded to dense. y has the shape of x with its last dimension replaced by `rows`.
     """
     found = existing(name)
     if found is not None:
@@ -94,20 +97,21 @@ def define_linear(name: str, positions: Positions, launch: Launch, direct: Calla
 
     def forward(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int, options, activation: str) -> Tensor:
         check_linear(x, values, {"the scale": scale, "the bias": bias}, residual, rows, columns)
-        if activation not in epilogue.ACTIVATIONS:
-            raise ValueError(f"the activation {activation!r} is not one of {', '.join(epilogue.ACTIVATIONS)}")
+        epilogue.check(activation)
         shape = (*x.shape[:-1], rows)
         if residual is not None and tuple(residual.shape) != shape:
             raise ValueError(f"the residual has shape {list(residual.shape)}, but the output has {list(shape)}")
         batch = math.prod(x.shape[:-1])
         flat = x.reshape(batch, columns)
         added = None if residual is None else residual.reshape(batch, rows)
-        if flat.shape[0] and rows and columns and runs_triton(x):
+        if launch is not None and flat.shape[0] and rows and columns and runs_triton(x):
             added = None if added is None else added.contiguous()
             return launch(flat, values, index, scale, bias, added, rows, columns, options, activation).reshape(shape)
-        product = direct(flat, values, index, rows, columns, options) if direct is not None and flat.numel() and rows else None
-        if product is None:
-            product = flat @ decode(values, positions(values, index, rows, columns, options), rows, columns).t()
+        if direct is not None and flat.numel() and rows:
+            y = direct(flat, values, index, scale, bias, added, rows, columns, options, activation)
+            if y is not None:
+                return y.reshape(shape)
+        product = flat @ decode(values, positions(values, index, rows, columns, options), rows, columns).t()
         return epilogue.finish(product, scale, bias, added, activation).reshape(shape)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=LINEAR_SCHEMA)

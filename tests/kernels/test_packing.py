@@ -9,9 +9,10 @@ from kernels import formats
 
 from .masks import PATTERNS, masked
 
-LINEAR = ("run16", "vector_block")
+LINEAR = ("run16", "vector_block", "csr")
 VARIANTS = {
     "run16": st.fixed_dictionaries({"coding": st.sampled_from((0, 1))}),
+    "csr": st.just({}),
     "vector_block": st.fixed_dictionaries({"height": st.sampled_from((16, 32, 64)), "step": st.sampled_from((16, 32))}),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,13 +86,10 @@ def test_vector_block_streams_only_kept_vectors():
     assert packed.bytes == pytest.approx(dense * 0.2 * (1 + 32 / (16 * 64)), rel=0.08)
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("run16", {}, "a matrix is needed"),
-    ("vector_block", {}, "a matrix is needed"),
-])
-def test_a_tensor_that_is_no_matrix_is_refused(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        formats.pack(name, torch.ones(2, 2, 2), **options)
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_tensor_that_is_no_matrix_is_refused(name):
+    with pytest.raises(ValueError, match="a matrix is needed"):
+        formats.pack(name, torch.ones(2, 2, 2))
 
 
 def test_unknown_format_and_block_height_are_refused():

@@ -1,0 +1,1 @@
+"""Compressed sparse rows, the format of the CPU path; see README.md."""

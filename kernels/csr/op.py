@@ -1,0 +1,116 @@
+"""The operators `compress_kernels::csr_linear` and `csr_conv2d`, and the packing that feeds them.
+
+options = (engine,): which code multiplies on the CPU, see ENGINES. Other devices use torch's own CSR product for matrices.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import convolution, epilogue, operator
+from ..formats import Packed
+from . import compiled, reference
+
+ENGINES = ("torch", "scipy", "compiled")
+
+
+def _as_torch(values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    return torch.sparse_csr_tensor(index[0], index[1], values, (rows, columns), check_invariants=False)
+
+
+@functools.cache
+def _hear_beta_warning() -> None:
+    """torch announces once per process that CSR tensors are in beta; nothing about the results depends on it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _as_torch(torch.zeros(1), [torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)], 1, 1)
+
+
+def _scipy(x: Tensor, values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """W x for x [columns, n], contiguous."""
+    from scipy import sparse
+
+    crow, col = (t.numpy() for t in index)
+    return torch.from_numpy(sparse.csr_array((values.detach().numpy(), col, crow), shape=(rows, columns), copy=False) @ x.numpy())
+
+
+def usable(engine: str, x: Tensor, values: Tensor) -> bool:
+    """Whether `engine` can multiply these tensors."""
+    if engine == "torch":
+        return values.dtype == torch.float32 or x.is_cuda
+    return x.device.type == "cpu" and values.dtype == torch.float32 and (engine == "scipy" or compiled.library() is not None)
+
+
+def _product(x: Tensor, values: Tensor, index: Sequence[Tensor], bias: Tensor | None, relu: bool, rows: int, columns: int, engine: str) -> tuple[Tensor, bool]:
+    """(y [..., rows, n], whether bias and activation are already in it) for x [..., columns, n] with at most one leading dimension."""
+    if engine == "compiled":
+        loaded, threads = compiled.library(), torch.get_num_threads()
+        if x.shape[-1] == 1 and x.ndim == 2:
+            return compiled.vector(loaded, x.reshape(-1), values, *index, bias, relu, threads).unsqueeze(1), True
+        return compiled.matrix(loaded, x, values, *index, bias, relu, threads), True
+    images = x.unsqueeze(0) if x.ndim == 2 else x
+    if engine == "scipy":
+        results = [_scipy(image, values, index, rows, columns) for image in images]
+    else:
+        weight = _as_torch(values, index, rows, columns)
+        results = [weight @ image for image in images]
+    return (results[0] if x.ndim == 2 else torch.stack(results)), False
+
+
+def _engine(options: Sequence[int], x: Tensor, values: Tensor) -> str | None:
+    return next((e for e in (ENGINES[options[0]], *ENGINES) if usable(e, x, values)), None)
+
+
+def _linear(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str) -> Tensor | None:
+    engine = _engine(options, x, values)
+    if engine is None:
+        return None
+    fused = scale is None and residual is None and activation in ("none", "relu")
+    values = values.detach().contiguous()
+    given = bias if fused else None
+    product, done = _product(x.t().contiguous(), values, index, given, activation == "relu" and fused, rows, columns, engine)
+    product = product.t()
+    return product.contiguous() if done and fused else epilogue.finish(product, scale, bias, residual, activation).contiguous()
+
+
+def _conv2d(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
+            kernel, stride, padding, dilation) -> Tensor | None:
+    engine = _engine(options, x, values)
+    if engine is None:
+        return None
+    size = convolution.output_size(x.shape[2:], kernel, stride, padding, dilation)
+    fused = scale is None and residual is None and activation in ("none", "relu")
+    given, relu, values = (bias if fused else None), activation == "relu" and fused, values.detach().contiguous()
+    if tuple(kernel) == (1, 1):
+        if any(padding):
+            x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        x = x[:, :, :: stride[0], :: stride[1]].contiguous()
+        product, done = _product(x.flatten(2), values, index, given, relu, rows, columns, engine)
+    elif engine == "compiled":
+        x, threads = x.contiguous(), torch.get_num_threads()
+        product = compiled.convolve(compiled.library(), x, size, kernel, stride, padding, dilation, values, *index, given, relu, threads)
+        done = True
+    else:
+        product, done = _product(F.unfold(x, kernel, dilation, padding, stride), values, index, given, relu, rows, columns, engine)
+    product = product.view(x.shape[0], rows, *size)
+    return product if done and fused else epilogue.finish(product, scale, bias, residual, activation, dim=1).contiguous()
+
+
+csr_linear = operator.define_linear("csr_linear", reference.positions, None, _linear)
+csr_conv2d = convolution.define_conv("csr_conv2d", reference.positions, None, _conv2d, torch.contiguous_format)
+
+
+def pack(weight: Tensor, mask: Tensor | None = None, engine: str = "compiled") -> Packed:
+    """Packs the matrix `weight` [c_out, c_in * r * s]; `engine` is one of ENGINES and gives way to another where it cannot run."""
+    if engine not in ENGINES:
+        raise ValueError(f"the CSR engine {engine!r} is not one of {', '.join(ENGINES)}")
+    values, index = reference.pack(weight, mask)
+    _hear_beta_warning()
+    bytes_ = sum(t.numel() * t.element_size() for t in (values, *index))
+    return Packed("csr", values, index, weight.shape[0], weight.shape[1], values.numel(), (ENGINES.index(engine),), bytes_)

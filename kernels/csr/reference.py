@@ -1,0 +1,37 @@
+"""Compressed sparse rows (CSR) in plain torch.
+
+    values [nnz]   row by row, columns ascending
+    index: crow [rows + 1] int32, col [nnz] int32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """(values, index) of `weight` [rows, columns]; `mask` (bool, same shape) keeps entries that are zero by value."""
+    if weight.ndim != 2:
+        raise ValueError(f"a matrix is needed, but the weight has shape {list(weight.shape)}")
+    weight = weight.detach()
+    mask = (weight != 0) if mask is None else mask.to(weight.device)
+    row, col = mask.nonzero(as_tuple=True)
+    if row.numel() >= 2**31:
+        raise ValueError(f"the weight keeps {row.numel()} entries, but csr stores at most {2**31 - 1}")
+    counts = torch.bincount(row, minlength=weight.shape[0])
+    crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return weight[row, col], [crow.to(torch.int32), col.to(torch.int32)]
+
+
+def rows_of(crow: Tensor, count: int) -> Tensor:
+    """Row of each of the `count` entries, int64."""
+    return torch.bucketize(torch.arange(count, device=crow.device), crow[1:].to(torch.int64), right=True)
+
+
+def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> Tensor:
+    """Place of every element of `values` in the dense weight (row * columns + column); there is no padding."""
+    crow, col = index
+    return rows_of(crow, values.shape[0]) * columns + col.to(torch.int64)
