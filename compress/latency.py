@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 from compress.errors import RunError, UserError
 from compress.undisturbed import arguments, undisturbed
@@ -132,8 +132,19 @@ def prepared(model: nn.Module, example_inputs: Any, threads: int | None, mode: s
         torch.set_num_threads(before)
 
 
+def _timer_class() -> Any:
+    """torch.utils.benchmark.Timer; its import warns about a missing CUDA runtime, which nobody asked for here."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        logger.disabled = disabled
+    return Timer
+
+
 def _cpu(model: nn.Module, inputs: tuple, threads: int) -> Callable[[float], list[float]]:
-    timer = Timer("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
+    timer = _timer_class()("model(*inputs)", globals={"model": model, "inputs": inputs}, num_threads=threads)
     return lambda seconds: list(timer.blocked_autorange(min_run_time=seconds).times)
 
 
