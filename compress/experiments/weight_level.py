@@ -138,7 +138,7 @@ def run(settings: WeightLevelConfig, folder: RunFolder, log: Log = say) -> list[
                     save_masked(masks, file)
                     write_text(file.with_suffix(".txt"), text)
                     found = report(masks, data.input_shape).to_dict()
-                    row["accuracy"] = accuracy(masks.model, data, settings)
+                    row["accuracy"] = accuracy(masks.model, data, settings) if history else row["accuracy_pruned"]
                     return row | {"epochs": len(history), "sparsity": 1 - masks.density, "history": history, "structure": found}
 
                 found = folder.run(key, once, log)

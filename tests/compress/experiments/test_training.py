@@ -1,5 +1,6 @@
 """Oracles: an uninterrupted training by `fit`, hand-computed statistics, and the definition of a phase."""
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,7 @@ def test_prunes_happen_at_their_steps_and_nest():
         kept = sum(int(mask.sum()) for mask in snapshot.values())
         assert kept == math.ceil((1 - sparsity) * total - 1e-6) and record["sparsity"] == 1 - kept / total
         assert record["mac_steps"] == pytest.approx(3 * record["mac_fraction"])
-    for first, second in zip(seen, seen[1:], strict=False):
+    for first, second in itertools.pairwise(seen):
         assert all(bool((second[name] <= first[name]).all()) for name in first)
     assert all(bool((masks.parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
     assert mac_fraction(masks, DATA.input_shape) == records[-1]["mac_fraction"]

@@ -26,6 +26,8 @@ def test_scopes():
     assert select_parameters(model, "conv+linear") == conv + linear
     assert sorted(select_parameters(model, "all-weights")) == sorted(conv + linear + gammas)
     assert select_parameters(model, "conv", exclude=["0"]) == conv[1:]
+    assert select_parameters(model, "conv", biases=True)[:2] == ["0.weight", "0.bias"]
+    assert len(select_parameters(model, "all-weights", biases=True)) == len(list(model.parameters()))
     assert select_parameters(nn.MultiheadAttention(4, 1), "conv+linear") == ["in_proj_weight", "out_proj.weight"]
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
