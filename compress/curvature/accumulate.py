@@ -7,7 +7,7 @@ from torch import Tensor, distributed
 
 from compress.curvature.geometry import Geometry
 from compress.curvature.layer_factors import LayerFactors
-from compress.curvature.moments import (add_channels, add_gram, add_patches, add_rows, flat, mean_patches, natural_order, unfold_at, working)
+from compress.curvature.moments import (add_channels, add_gram, add_patches, add_rows, flat, mean_patches, mirror, natural_order, unfold_at, working)
 
 PATCHES = ("full", "channel", "pixel")
 SHARINGS = ("expand", "reduce")
@@ -84,11 +84,9 @@ class Sums:
 
     @staticmethod
     def _scaled(total: Tensor, means: Tensor | None, rows: Tensor, scale: float) -> None:
-        product = torch.zeros_like(total)
-        add_gram(product, rows)
-        total.add_(product, alpha=scale)
         if means is not None:
             means.add_(rows.sum(-1, dtype=torch.float64), alpha=scale)
+        add_gram(total, rows * scale**0.5)
 
     def tensors(self) -> list[Tensor]:
         """Everything that is summed over processes."""
@@ -98,13 +96,15 @@ class Sums:
         """Averages over `images` (decayed count); `count` is the true number of images."""
         geometry, reduce = self.geometry, self.sharing == "reduce"
         positions = self.input_rows / images
-        A, mean = natural_order(self.inputs, geometry, 2) if self.by_patch else self.inputs, self.means
+        A, mean = mirror(self.inputs), self.means
+        if self.by_patch:
+            A = natural_order(A, geometry, 2)
         if self.bias:
             mean = natural_order(mean, geometry, 1)
             corner = mean.new_full((*mean.shape[:-1], 1), images if reduce else self.input_rows)
             A = torch.cat([torch.cat([A, mean[..., None]], -1), torch.cat([mean, corner], -1)[..., None, :]], -2)
-        A = A / images
-        G = self.gradients / (images if reduce else self.input_rows)
+        A = A.div_(images)
+        G = mirror(self.gradients).div_(images if reduce else self.input_rows)
         if geometry.groups == 1:
             A, G = A[0], G[0]
         return LayerFactors(self.name, A, G, count, positions, self.bias, geometry.groups, geometry.kernel, self.patch, self.input_shape)

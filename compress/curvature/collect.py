@@ -117,9 +117,11 @@ def _check_options(patch: str, sharing: str, positions: int | None, decay: float
 def _finish(sums: dict[str, Sums], order: list[str], images: float, count: int, named: bool) -> dict[str, LayerFactors]:
     """Averages; the sums are freed layer by layer."""
     for name in sorted(sums, key=lambda name: order.index(name) if name in order else len(order)):
-        if not (torch.isfinite(sums[name].inputs).all() and torch.isfinite(sums[name].gradients).all()):
-            what = "inputs" if not torch.isfinite(sums[name].inputs).all() else "output gradients"
-            raise RunError(f"Layer {name!r} saw NaN or infinity in its {what} on the calibration data; check the images and the network's weights.")
+        # a sum of squares on the diagonal is finite only if every number in its row was
+        bad = [what for what, moment in (("inputs", sums[name].inputs), ("output gradients", sums[name].gradients))
+               if not torch.isfinite(moment.diagonal(dim1=-2, dim2=-1)).all()]
+        if bad:
+            raise RunError(f"Layer {name!r} saw NaN or infinity in its {bad[0]} on the calibration data; check the images and the network's weights.")
     factors = {}
     for name in list(sums):
         entry = sums.pop(name)

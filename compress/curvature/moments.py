@@ -26,25 +26,27 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def gram(x: Tensor) -> Tensor:
-    """x x^T over the last dimension for [..., d, n]; for large d only blocks on and above the diagonal are multiplied."""
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds x x^T to the upper triangle of total [g, d, d] for x [g, d, n]; `mirror` completes it.
+
+    Pieces of n bound how many terms a product sums in low precision; for large d only blocks on and above the diagonal are multiplied.
+    """
     d = x.shape[-2]
-    if d < 256:
-        return x @ x.transpose(-1, -2)
-    out = x.new_empty(*x.shape[:-1], d)
-    step = -(-d // 4)
+    step = d if d < 256 else -(-d // 4)
+    for piece in x.split(SUM_LENGTH, -1):
+        for start in range(0, d, step):
+            total[..., start:start + step, start:] += piece[..., start:start + step, :] @ piece[..., start:, :].transpose(-1, -2)
+
+
+def mirror(total: Tensor) -> Tensor:
+    """`total` [..., d, d] with its upper triangle copied below the diagonal, in place."""
+    d, step = total.shape[-1], 256
     for start in range(0, d, step):
         stop = min(start + step, d)
-        block = x[..., start:stop, :] @ x[..., start:, :].transpose(-1, -2)
-        out[..., start:stop, start:] = block
-        out[..., stop:, start:stop] = block[..., stop - start:].transpose(-1, -2)
-    return out
-
-
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """total += x x^T for x [g, d, n], in pieces of n so that no product sums more than `SUM_LENGTH` terms in low precision."""
-    for piece in x.split(SUM_LENGTH, -1):
-        total += gram(piece)
+        corner = total[..., start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).transpose(-1, -2))
+        total[..., stop:, start:stop] = total[..., start:stop, stop:].transpose(-1, -2)
+    return total
 
 
 def images_per_chunk(bytes_per_image: int) -> int:
@@ -59,7 +61,7 @@ def flat(x: Tensor, groups: int) -> Tensor:
 
 
 def add_rows(total: Tensor, sums: Tensor | None, x: Tensor, groups: int = 1) -> None:
-    """Adds sum x x^T to total [g, d, d] and sum x to sums [g, d] for x [b, c, ...]: linear layers, 1x1 windows and gradients."""
+    """Adds sum x x^T to total [g, d, d] (upper triangle) and sum x to sums [g, d], x [b, c, ...]: linear layers, 1x1 windows, gradients."""
     x = working(x)
     for chunk in x.split(images_per_chunk(x[0].numel() * x.element_size())):
         rows = flat(chunk, groups)
@@ -76,7 +78,7 @@ def coverage(geometry: Geometry, axis: int, size: int, count: int) -> Tensor:
 
 
 def add_channels(total: Tensor, x: Tensor, geometry: Geometry, pixels: bool = False) -> None:
-    """Adds the channel sums of the module docstring to total [g, c / g, c / g]; x [b, c, h, w], not padded."""
+    """Adds the channel sums of the module docstring to total [g, c / g, c / g] (upper triangle); x [b, c, h, w], not padded."""
     x = working(x)
     height, width = x.shape[2] + sum(geometry.padding[2:]), x.shape[3] + sum(geometry.padding[:2])
     rows, columns = geometry.positions((height, width))
@@ -100,7 +102,7 @@ def add_channels(total: Tensor, x: Tensor, geometry: Geometry, pixels: bool = Fa
 
 
 def add_patches(total: Tensor, sums: Tensor, x: Tensor, geometry: Geometry) -> None:
-    """Adds sum a a^T to total [g, d, d] and sum a to sums [g, d], windows in the order (kh, c, kw); x [b, c, h, w], not padded."""
+    """Adds sum a a^T to total [g, d, d] (upper triangle) and sum a to sums [g, d], windows in the order (kh, c, kw); x [b, c, h, w], not padded."""
     x = working(x)
     height, width = x.shape[2] + sum(geometry.padding[2:]), x.shape[3] + sum(geometry.padding[:2])
     rows, columns = geometry.positions((height, width))
@@ -161,8 +163,7 @@ def _add_shifted(total: Tensor, sums: Tensor, padded: Tensor, geometry: Geometry
         step = max(1, SUM_LENGTH // line)
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            left = unfolded[..., first * line:last * line]
-            part = gram(left) if shift == 0 else left @ unfolded[..., (first + shift) * line:(last + shift) * line].transpose(-1, -2)
+            part = unfolded[..., first * line:last * line] @ unfolded[..., (first + shift) * line:(last + shift) * line].transpose(-1, -2)
             result = part.double() if result is None else result.add_(part)
         return result
 
@@ -176,8 +177,6 @@ def _add_shifted(total: Tensor, sums: Tensor, padded: Tensor, geometry: Geometry
                     if edge is not None:
                         running.add_(edge, alpha=sign)
             blocks[:, i, :, i + step] += running
-            if step:
-                blocks[:, i + step, :, i] += running.transpose(-1, -2)
     per_row = unfolded.reshape(g, c // g * kw, height, line).sum(-1, dtype=torch.float64)
     for i in range(kh):
         sums.view(g, kh, -1)[:, i] += per_row[..., i * dh:i * dh + rows].sum(-1)
@@ -203,7 +202,7 @@ def natural_order(moment: Tensor, geometry: Geometry, dims: int) -> Tensor:
     (kh, kw), c = geometry.kernel, geometry.channels // geometry.groups
     if kh == 1:
         return moment
-    order = torch.arange(geometry.window).reshape(kh, c, kw).permute(1, 0, 2).flatten().to(moment.device)
-    for dim in range(1, dims + 1):
-        moment = moment.index_select(-dim, order)
-    return moment
+    if dims == 1:
+        return moment.unflatten(-1, (kh, c, kw)).transpose(-3, -2).flatten(-3)
+    split = moment.unflatten(-1, (kh, c, kw)).unflatten(-4, (kh, c, kw))
+    return split.transpose(-3, -2).transpose(-6, -5).flatten(-6, -4).flatten(-3)
