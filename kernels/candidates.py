@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from . import modules
 from .csr.op import ENGINES, usable
+from .sparse_conv.reference import channels_last, group_for
 from .vector_block.reference import kept_columns
 
 RUN16_COLUMNS = 16
+LONG_CONTRACTION = 2048
 MOST_KEPT_VECTORS = 0.9
 
 
@@ -68,4 +70,15 @@ def _matrices(offer, weight: Tensor, mask: Tensor, columns: int) -> None:
 
 
 def _convolutions(offer, layer: nn.Conv2d, mask: Tensor) -> None:
-    return None
+    group = group_for(layer.in_channels)
+    kernel = layer.kernel_size
+    if group == 1:
+        return
+    for height in (64, 128):
+        if kept_columns(channels_last(mask, kernel), height, group) <= MOST_KEPT_VECTORS or _few_pixels(layer):
+            offer(f"sparse_conv {height}x{group}", format="sparse_conv", height=height)
+
+
+def _few_pixels(layer: nn.Conv2d) -> bool:
+    """Wide layers sit on small maps, where splitting the contraction may win even with a full list."""
+    return layer.weight[0].numel() >= LONG_CONTRACTION

@@ -24,10 +24,11 @@ from torch import Tensor
 BITS = 32
 
 
-def pack(weight: Tensor, height: int, step: int, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def pack(weight: Tensor, height: int, step: int, mask: Tensor | None = None, group: int = 1) -> tuple[Tensor, list[Tensor]]:
     """(values, index) of `weight` [rows, columns] with V = `height` (a power of two, 16 or more) and `step` columns per step.
 
-    `mask` (bool, same shape) keeps entries that are zero by value, default weight != 0.
+    `mask` (bool, same shape) keeps entries that are zero by value, default weight != 0. `group` consecutive columns (a divisor of
+    `columns` and `step`) are kept or dropped together.
     """
     if weight.ndim != 2:
         raise ValueError(f"a matrix is needed, but the weight has shape {list(weight.shape)}")
@@ -43,7 +44,8 @@ def pack(weight: Tensor, height: int, step: int, mask: Tensor | None = None) -> 
     alive = torch.zeros(blocks * height, columns, dtype=torch.bool, device=weight.device)
     alive[:rows] = mask
     padded, alive = padded.view(blocks, height, columns), alive.view(blocks, height, columns)
-    block, column = alive.any(1).nonzero(as_tuple=True)
+    vectors = alive.any(1).view(blocks, columns // group, group).any(2).repeat_interleave(group, 1)
+    block, column = vectors.nonzero(as_tuple=True)
     counts = torch.bincount(block, minlength=blocks)
     steps = -(-counts // step)
     step_ptr = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
@@ -74,13 +76,13 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     return torch.where(stored, row * columns + kept.to(torch.int64).unsqueeze(-1), rows * columns)
 
 
-def kept_columns(mask: Tensor, height: int) -> float:
-    """Fraction of (block, column) vectors that hold at least one kept weight: what the format streams, relative to dense."""
+def kept_columns(mask: Tensor, height: int, group: int = 1) -> float:
+    """Fraction of (block, group of columns) panels that hold at least one kept weight: what the format streams, relative to dense."""
     rows, columns = mask.shape
     blocks = -(-rows // height)
     padded = torch.zeros(blocks * height, columns, dtype=torch.bool, device=mask.device)
     padded[:rows] = mask
-    vectors = padded.view(blocks, height, columns).any(1)
+    vectors = padded.view(blocks, height, columns // group, group).any(3).any(1)
     return float(vectors.sum()) / max(1, vectors.numel())
 
 

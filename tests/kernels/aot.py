@@ -55,7 +55,27 @@ def vector_block(full: bool) -> Iterator[dict]:
         yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
 
 
-KERNELS = {"run16": run16, "vector_block": vector_block}
+def sparse_conv(full: bool) -> Iterator[dict]:
+    from kernels.sparse_conv.triton import CONFIGS, sparse_conv_kernel
+
+    chosen = [("bf16", c) for c in CONFIGS if c["splits"] == 1 and c["height"] == 64 and c["pixels"] == 128 and c["group"] == 16]
+    chosen += [("fp16", {**CONFIGS[0], "group": 1, "splits": 4})]
+    every = ((kind, {**c, "step": 32} if kind == "fp32" else c) for kind in TYPES for c in CONFIGS)
+    for (kind, c), capability in itertools.product(every if full else chosen, CAPABILITIES):
+        if (kind == "fp32" and c["height"] * c["pixels"] > 64 * 64) or (not full and kind == "fp16" and capability != 90):
+            continue
+        of_type = "*" + kind
+        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type, "bias": of_type,
+                    "residual": of_type, "partial": "*fp32", "counter": "*i32"}
+        scalars = dict.fromkeys(("rows", "pixels", "groups", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w",
+                                 "dilation_h", "dilation_w"), "i32")
+        constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee",
+                     "WIDEN": False, **FULL_EPILOGUE}
+        built = build(sparse_conv_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("rows",))
+        yield row("sparse_conv", f"{kind} {c}", capability, built, c["warps"], kind=kind, group=c["group"])
+
+
+KERNELS = {"run16": run16, "vector_block": vector_block, "sparse_conv": sparse_conv}
 
 
 def row(kernel: str, case: str, capability: int, built, warps: int, **facts) -> dict:

@@ -20,7 +20,8 @@ from .masks import PATTERNS, SPARSITIES, masked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-KERNELS: dict[str, tuple[str, ...]] = {"run16": ("run16_kernel",), "vector_block": ("vector_block_kernel",)}
+KERNELS: dict[str, tuple[str, ...]] = {"run16": ("run16_kernel",), "vector_block": ("vector_block_kernel",),
+                                     "sparse_conv": ("sparse_conv_kernel",)}
 
 
 def guard(name: str) -> list[Guarded]:
@@ -80,6 +81,38 @@ def linear_case(name: str, number: int) -> dict:
     return {"kernel": name, "case": case, "error": relative_error(y, expected), "tolerance": TOLERANCE[dtype], "same": same}
 
 
+def convolution_case(number: int) -> dict:
+    """One random case of `sparse_conv_conv2d` against float64."""
+    generator = torch.Generator().manual_seed(104729 * number + 3)
+    dtype = DTYPES[number % 3]
+    channels, outputs, batch = (pick(generator, *sizes) for sizes in ((1, 5, 8, 16), (1, 10, 33), (1, 2)))
+    kernel = pick(generator, (1, 1), (3, 3), (3, 2), (5, 3))
+    stride, padding, dilation = pick(generator, (1, 1), (2, 1)), pick(generator, (0, 0), (1, 1), (2, 0)), pick(generator, (1, 1), (1, 2))
+    height, width = pick(generator, 5, 7, 9), pick(generator, 5, 6, 9)
+    pattern, sparsity = PATTERNS[number % len(PATTERNS)], SPARSITIES[number % len(SPARSITIES)]
+    weight = masked(outputs, channels * kernel[0] * kernel[1], sparsity, pattern, generator).to(dtype)
+    chosen = {"kernel": kernel, "height": pick(generator, 16, 32), "step": 16, "pixels": pick(generator, 0, 16), "splits": pick(generator, 0, 1, 3)}
+    packed = formats.pack("sparse_conv", weight, **chosen)
+    x = torch.randn(batch, channels, height, width, generator=generator).to(dtype)
+    dense = weight.double().view(outputs, channels, *kernel)
+    product = torch.nn.functional.conv2d(x.double(), dense, None, stride, padding, dilation)
+    vectors = [torch.randn(outputs, generator=generator).to(dtype) if pick(generator, True, False) else None for _ in range(2)]
+    residual = torch.randn(product.shape, generator=generator).to(dtype) if pick(generator, True, False) else None
+    activation = epilogue.ACTIVATIONS[number % 4]
+    expected = epilogue.finish(product, *[None if t is None else t.double() for t in (*vectors, residual)], activation, dim=1)
+    x = x.contiguous(memory_format=torch.channels_last) if number % 2 else x
+
+    def run() -> Tensor:
+        op = formats.conv_operator("sparse_conv")
+        shape = (outputs, weight.shape[1], packed.kept, list(packed.options))
+        return op(x, packed.values, packed.index, *vectors, residual, *shape, activation, kernel, stride, padding, dilation)
+
+    y = run()
+    case = f"{dtype} {channels}x{height}x{width} to {outputs} batch {batch} {stride} {padding} {dilation} {pattern} {sparsity} {chosen} {activation}"
+    same = (number % 5 > 0 or torch.equal(y, run())) and y.is_contiguous(memory_format=torch.channels_last)
+    return {"kernel": "sparse_conv", "case": case, "error": relative_error(y, expected), "tolerance": TOLERANCE[dtype], "same": same}
+
+
 def main(arguments: list[str]) -> None:
     count, names = int(arguments[0]), arguments[1:] or list(KERNELS)
     torch.set_num_threads(1)
@@ -87,7 +120,8 @@ def main(arguments: list[str]) -> None:
     for name in names:
         stand_ins = guard(name)
         for number in range(count):
-            print(json.dumps(linear_case(name, number)), flush=True)
+            case = convolution_case(number) if name == "sparse_conv" else linear_case(name, number)
+            print(json.dumps(case), flush=True)
         print(json.dumps({"kernel": name, "launches": sum(s.launches for s in stand_ins)}), flush=True)
 
 

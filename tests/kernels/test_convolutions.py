@@ -26,7 +26,7 @@ GEOMETRIES = [
     (2, 3, 3, 1, (3, 3), (1, 1), (0, 0), (1, 1)),
     (1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
 ]
-FORMATS = ("csr",)
+FORMATS = ("csr", "sparse_conv")
 
 
 def example(geometry, name="csr", dtype=torch.float32, batch=2, **options):

@@ -13,7 +13,7 @@ from .masks import masked
 from .subprocesses import ROOT
 
 LINEAR = ("run16", "vector_block", "csr")
-CONV = ("csr",)
+CONV = ("csr", "sparse_conv")
 
 
 def linear(sparsity=0.7, rows=33, columns=47, bias=True) -> nn.Linear:

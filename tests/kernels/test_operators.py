@@ -11,7 +11,7 @@ from kernels.operator import check_linear
 
 from .masks import masked
 
-LINEAR = ("run16", "vector_block", "csr")
+LINEAR = ("run16", "vector_block", "sparse_conv", "csr")
 
 
 def call(packed, x, values=None, scale=None, bias=None, residual=None, activation="none"):

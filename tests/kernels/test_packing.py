@@ -9,10 +9,11 @@ from kernels import formats
 
 from .masks import PATTERNS, masked
 
-LINEAR = ("run16", "vector_block", "csr")
+LINEAR = ("run16", "vector_block", "sparse_conv", "csr")
 VARIANTS = {
     "run16": st.fixed_dictionaries({"coding": st.sampled_from((0, 1))}),
     "csr": st.just({}),
+    "sparse_conv": st.fixed_dictionaries({"height": st.sampled_from((16, 64)), "step": st.sampled_from((16, 32))}),
     "vector_block": st.fixed_dictionaries({"height": st.sampled_from((16, 32, 64)), "step": st.sampled_from((16, 32))}),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +91,15 @@ def test_vector_block_streams_only_kept_vectors():
 def test_a_tensor_that_is_no_matrix_is_refused(name):
     with pytest.raises(ValueError, match="a matrix is needed"):
         formats.pack(name, torch.ones(2, 2, 2))
+
+
+def test_sparse_conv_packs_taps_in_torch_order():
+    for channels, kernel, group in ((16, (3, 3), 16), (8, (5, 1), 8), (5, (2, 3), 1)):
+        weight = masked(40, channels * kernel[0] * kernel[1], 0.9, "blocks", torch.Generator().manual_seed(1))
+        packed = formats.pack("sparse_conv", weight, kernel=kernel)
+        assert packed.options[0] == group and torch.equal(formats.unpack(packed), weight)
+    with pytest.raises(ValueError, match="cannot be packed for a kernel of 3 x 3 in groups of 16"):
+        formats.pack("sparse_conv", torch.ones(4, 72), kernel=(3, 3), group=16)
 
 
 def test_unknown_format_and_block_height_are_refused():
