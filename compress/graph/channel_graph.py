@@ -18,7 +18,7 @@ from compress.graph.groups import IN, OUT, ChannelGroup
 from compress.graph.labels import Array
 from compress.graph.mode import Trace
 from compress.graph.records import Assumption, Cost
-from compress.graph.verify import Verdict, compare, mask
+from compress.graph.verify import FLOAT64_MACS, Verdict, compare, mask
 from compress.plan import Plan
 from compress.surgery import Step, apply_prune, named_tensors
 
@@ -68,6 +68,11 @@ class ChannelGraph:
     def component_of(self, atoms: list[Array]) -> Array:
         """The classes of some atoms."""
         return np.unique(self._component[np.concatenate(atoms)])
+
+    @property
+    def cheap(self) -> bool:
+        """Whether a forward pass of the example in float64 costs little."""
+        return self.count()[1] * self._batch <= FLOAT64_MACS
 
     def free(self, atoms: list[Array]) -> bool:
         """Whether any of these atoms may be removed."""

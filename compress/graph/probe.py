@@ -81,11 +81,17 @@ def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> tuple[
 
 
 def probe_values(graph: ChannelGraph, model: nn.Module) -> dict[ChannelGroup, Verdict]:
-    """Groups that went through a guess and whose removal changes more than the removed channels; `model` stays as it is."""
-    guessed = [graph.component_of(assumption.atoms) for assumption in graph.assumptions]
-    touched = np.unique(np.concatenate(guessed)) if guessed else np.zeros(0, np.int64)
-    removals = sample(group for group in graph.groups if group.prunable and np.isin(group.components, touched).any())
-    verdicts: dict[ChannelGroup, Verdict] = {}
+    """Groups whose removal changes more than the removed channels; `model` stays as it is.
+
+    All groups are tried where a run in float64 is cheap (a width can also stand in the arithmetic, `y / y.shape[1]`), otherwise those
+    that went through a guess.
+    """
+    groups = [group for group in graph.groups if group.prunable]
+    if not graph.cheap:
+        guessed = [graph.component_of(assumption.atoms) for assumption in graph.assumptions]
+        touched = np.unique(np.concatenate(guessed)) if guessed else np.zeros(0, np.int64)
+        groups = [group for group in groups if np.isin(group.components, touched).any()]
+    removals, verdicts = sample(groups), {}  # type: ignore[var-annotated]
     if removals:
-        failing(list(removals), lambda groups: graph.attempt(real_copy(model), {g: removals[g] for g in groups})[0], verdicts)
+        failing(groups, lambda tried: graph.attempt(real_copy(model), {g: removals[g] for g in tried})[0], verdicts)
     return verdicts

@@ -54,3 +54,34 @@ def test_planted_dead_channels_are_removed_without_a_trace(name):
     assert max(float(out.abs().max()) for out in before) > 0
     graph.prune(model, removals, verify=False)
     assert distance(before, outputs(model, x)) <= 1e-12
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("c2f", {"a": 6, "b": 6, "d": 6}),  # halves of a: the same position of both
+    ("chunk_gate", {"a": 6}),
+    ("slice_by_a_share", {"a": 6}),
+    ("slice_of_the_front", {"a": 8, "b": 4}),  # 12 - 4 behind the fixed front; 9 - 5 behind the fixed start
+    ("roll", {"a": 5}),  # three wrap around
+    ("channel_shuffle_by_views", {"a": 2, "b": 4}),  # pairs of the shuffle, and of these the same position in both groups of b
+    ("channel_shuffle_module", {"a": 4}),
+    ("pixel_shuffle", {"a": 4}),
+    ("pixel_shuffle_by_views", {"a": 4}),
+    ("group_norm", {"a": 4}),
+    ("depthwise_with_multiplier", {"a": 6}),
+    ("groups_with_one_output_each", {"a": 4}),
+    ("two_group_counts", {"a": 2}),
+    ("concat_into_grouped", {"a": 4}),
+    ("concat_with_the_input", {"a": 6}),
+    ("linear_view_transposed", {"a": 8, "b": 6}),
+    ("tied_embedding_and_head", {"a": 8}),
+])
+def test_sizes_of_groups(name, sizes):
+    """Numbers of removable channels, counted by hand."""
+    case, model, x, _ = prepared(name)
+    graph = trace(model, x)
+    found = {}
+    for group in graph.groups:
+        if group.prunable:
+            for layer in {member.parameter.split(".")[0] for member in group.members if member.role == "out"}:
+                found[layer] = found.get(layer, 0) + group.size
+    assert {layer: found[layer] for layer in sizes} == sizes

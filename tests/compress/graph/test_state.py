@@ -228,3 +228,12 @@ def test_layer_costs_are_per_example_and_per_weight():
     graph = trace(model, X)
     assert {layer.weight: layer.macs for layer in graph.layers} == {"a.weight": 16 * 9 * 24, "b.weight": 2 * 16 * 9 * 64, "fc.weight": 32}
     assert graph.count() == (sum(p.numel() for p in model.parameters()), 16 * 9 * 24 + 2 * 16 * 9 * 64 + 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_network_on_a_gpu_stays_there():
+    model = Small().cuda()
+    graph = trace(model, X)
+    graph.prune(model, {"a.weight": [0], "b.weight": [5]})
+    assert all(tensor.is_cuda for tensor in model.state_dict().values())
+    assert model(torch.randn(2, 3, 4, 4, device="cuda")).shape == (2, 4)
