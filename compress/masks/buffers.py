@@ -34,6 +34,8 @@ class Masks:
         self.model = model
         self.names = list(names)
         self.scope = scope
+        self._slots = {name: _owner(model, name) for name in self.names}
+        self._factors: tuple[tuple, list[Tensor], list[Tensor]] | None = None
 
     @classmethod
     def attach(cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = (), biases: bool = False) -> Masks:
@@ -57,10 +59,21 @@ class Masks:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The masked parameter of this name."""
-        return self.model.get_parameter(name)
+        module, short = self._slots[name]
+        return getattr(module, short)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.model.get_buffer(name + SUFFIX)
+        module, short = self._slots[name]
+        return module._buffers[short + SUFFIX]
+
+    def factors(self) -> list[Tensor]:
+        """The masks as numbers of the parameters' types, made anew only where a mask has changed: a step multiplies by them."""
+        pairs = [(self.parameter(name), self[name]) for name in self.names]
+        key = tuple((id(mask), mask._version, mask.device, parameter.dtype) for parameter, mask in pairs)
+        if self._factors is None or self._factors[0] != key:
+            # The masks are held with their factors, so that no other tensor can come to have their identity.
+            self._factors = key, [mask.to(parameter.dtype) for parameter, mask in pairs], [mask for _, mask in pairs]
+        return self._factors[1]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of parameter name and mask."""
@@ -106,12 +119,14 @@ class Masks:
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero the pruned weights and their entries in the optimizer's state; call it after every `optimizer.step()`."""
-        for name, mask in self.items():
+        values, factors = [], []
+        for name, factor in zip(self.names, self.factors(), strict=True):
             parameter = self.parameter(name)
-            parameter.mul_(mask)
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.mul_(mask)
+            moments = optimizer.state.get(parameter, {}).values()
+            found = [parameter, *(value for value in moments if isinstance(value, Tensor) and value.shape == parameter.shape)]
+            values += found
+            factors += [factor] * len(found)
+        torch._foreach_mul_(values, factors)
 
     @contextmanager
     def enforced(self) -> Iterator[None]:

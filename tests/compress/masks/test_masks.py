@@ -195,3 +195,18 @@ def test_global_scope_of_all_weights_counts_normalisation_scales():
     assert masks.kept == -(-masks.total // 10)
     assert sum(int(mask.sum()) for _, mask in masks.items()) == masks.kept
     assert masks.density == masks.kept / masks.total
+
+
+def test_masks_changed_from_outside_are_enforced():
+    # A checkpoint is loaded into the buffers, the network changes its type: the next step must see both.
+    model = nn.Linear(3, 1, bias=False)
+    masks = Masks.attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks.after_step(optimizer)
+    model.load_state_dict({"weight": torch.ones(1, 3), "weight_mask": torch.tensor([[True, False, True]])})
+    masks.after_step(optimizer)
+    assert model.weight.tolist() == [[1.0, 0.0, 1.0]]
+    model.double()
+    model.weight.data.fill_(2.0)
+    masks.after_step(optimizer)
+    assert model.weight.tolist() == [[2.0, 0.0, 2.0]] and masks["weight"].dtype == torch.bool

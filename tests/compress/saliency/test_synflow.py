@@ -1,5 +1,7 @@
 """Oracles: the conservation laws of synaptic flow, and a direct product of absolute matrices."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ def test_layer_conservation_in_chains(seed, bias):
 def test_unit_conservation(seed):
     model = chain(torch.Generator().manual_seed(seed), bias=True)
     scores = list(scores_of(model).values())
-    for below, above in zip(scores, scores[1:], strict=False):
+    for below, above in pairwise(scores):
         into, out = below.flatten(1).sum(1), above.transpose(0, 1).flatten(1).sum(1)
         assert float(((into - out) / out).abs().max()) < 1e-12
 
