@@ -16,6 +16,7 @@ from compress.errors import UserError
 from compress.graph import CoverageRow, trace
 from compress.methods import Context, method as find_method
 from compress.plan import Plan
+from compress.steps.factorize import BLOCKS
 from compress.train import recalibrate as recalibrate_batchnorm
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -31,6 +32,7 @@ class Report:
     after: Cost
     widths: dict[str, tuple[int, int]]
     pinned: dict[str, str]
+    ranks: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     coverage: list[CoverageRow] = field(default_factory=list)
 
     @property
@@ -52,6 +54,8 @@ class Report:
         changed = [f"{name} {before}->{after}" for name, (before, after) in self.widths.items() if before != after]
         if changed:
             lines.append(f"  widths     {', '.join(changed)}")
+        if self.ranks:
+            lines.append("  ranks      " + ", ".join(f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in self.ranks.items()))
         lines += [f"  kept {name}: {reason}" for name, reason in self.pinned.items()]
         return "\n".join(lines)
 
@@ -64,6 +68,16 @@ def widths(model: nn.Module) -> dict[str, int]:
         if isinstance(getattr(module, "weight", None), Tensor) and isinstance(width, int):
             result[name] = width
     return result
+
+
+def ranks(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
+    """Of every factorized layer its (output, input) width and its (output, input) rank."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BLOCKS):
+            sizes = (module.out_channels, module.in_channels) if hasattr(module, "out_channels") else (module.out_features, module.in_features)
+            found[name] = list(sizes), list(module.factors().ranks)
+    return found
 
 
 def compress(
@@ -133,7 +147,7 @@ def compress(
         raise UserError(f"Method {method!r} needs calibration data: pass calibration=[(x, y), ...] from the training set.")
     graph = trace(model, example_inputs, exclude=tuple(exclude))
     context = Context(
-        model=model, graph=graph, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed),
+        model=model, graph=graph, example=example_inputs, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed), exclude=tuple(exclude),
         allocation=allocation, max_layer_ratio=max_layer_ratio, round_to=round_to, verify=verify, options=options or {})
     result = copy.deepcopy(model)
     plan = chosen.apply(result, context, chosen.prepare(context), {quantity: float(ratio)})
@@ -142,5 +156,6 @@ def compress(
     old, new = widths(model), widths(result)
     report = Report(
         method=method, budget=budget, before=count(model, example_inputs), after=count(result, example_inputs),
-        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned), coverage=list(graph.coverage()))
+        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned), ranks=ranks(result),
+        coverage=list(graph.coverage()))
     return result, plan, report

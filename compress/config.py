@@ -118,6 +118,8 @@ class PruneConfig(Section):
     calibration_images: int = Field(1024, ge=1, description="training images used for statistics")
     calibration_batch_size: int = Field(128, ge=1, description="images per statistics step")
     recalibration_images: int = Field(1024, ge=0, description="training images that BatchNorm statistics are measured on after surgery; 0: none")
+    rounds: int = Field(1, ge=1, description="compress and fine-tune in so many rounds; finetune.epochs are those of one round")
+    schedule: Literal["linear", "geometric", "cubic", "cosine", "one_cycle"] = Field("geometric", description="how the ratio is approached over several rounds")
     seeds: list[int] = Field([0], min_length=1, description="each method and ratio is run once per seed")
     verify: bool = Field(True, description="check after surgery that the cut network equals the masked original")
 

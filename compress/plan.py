@@ -18,7 +18,7 @@ from compress.registry import Registry
 from compress.surgery import Step, apply_prune
 
 FORMAT = 1
-STEPS: Registry[Callable[[nn.Module, Step], object]] = Registry("plan step")
+STEPS: Registry[Callable[[nn.Module, Step], object]] = Registry("plan step", "compress.steps")
 STEPS.register("prune")(apply_prune)
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from compress.config import Section
 from compress.criteria import CRITERIA
 from compress.errors import UserError
 from compress.graph import ChannelGraph
@@ -30,15 +32,22 @@ class Context:
         The trained network; methods do not change it.
     graph:
         Its channel graph.
+    example:
+        Example inputs, on the model's device.
+    original:
+        Parameters and MACs of the uncompressed network, where `model` has been compressed before; a ratio is always of these.
     batches:
         Calibration data: `(x [n, ...], y [n])` pairs from the training set, on the model's device.
     """
 
     model: nn.Module
     graph: ChannelGraph
+    example: Any
     batches: list[tuple[Tensor, Tensor]]
     loss_fn: Callable[[Tensor, Tensor], Tensor]
     generator: torch.Generator
+    original: tuple[int, int] | None = None
+    exclude: tuple[str, ...] = ()
     allocation: str = "global"
     max_layer_ratio: float = 0.95
     round_to: int = 1
@@ -65,7 +74,20 @@ class Method(Protocol):
         """Compress `model` in place to `budget` ({"macs": 0.5}) and return what was done."""
 
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", "compress.methods")
+
+
+def parse_options(method: str, options: type[Section], given: dict[str, Any]) -> Any:
+    """`given` as an `options` object; every fault is one sentence of a `UserError`."""
+    try:
+        return options(**given)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            key, known = ".".join(map(str, fault["loc"])), sorted(options.model_fields)
+            faults.append(f"Method {method!r} has no option {key!r}{nearest(key, known)}; known: {', '.join(known) or 'none'}." if fault["type"] == "extra_forbidden"
+                          else f"Option {key!r} of method {method!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}.")
+        raise UserError(*faults) from None
 
 
 def names() -> list[str]:

@@ -39,5 +39,6 @@ class ChannelMethod:
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
         """Remove the lowest-scored channels until `budget` is met, in place."""
         removed = allocate(
-            context.graph, state, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
+            context.graph, state, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to,
+            original=context.original[("params", "macs").index(next(iter(budget)))] if context.original else None)
         return Plan(steps=[context.graph.prune(model, removed, verify=context.verify)])

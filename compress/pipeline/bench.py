@@ -32,7 +32,7 @@ def measure(job: Job, base: Base, entries: list[dict[str, Any]]) -> tuple[list[d
     for entry in entries:
         cost = count(networks[entry["name"]], job.prepared.example.to(job.dist.device))
         rows.append(_row({"budget": job.config.prune.budget, **entry}, cost, dense, base, timed[entry["name"]]))
-        details[entry["name"]] = {key: entry[key] for key in ("widths", "history", "pinned", "coverage", "verified") if key in entry}
+        details[entry["name"]] = {key: entry[key] for key in ("widths", "ranks", "history", "pinned", "coverage") if entry.get(key)}
     return rows, details
 
 

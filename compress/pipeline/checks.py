@@ -125,7 +125,7 @@ def check(config: Config) -> Prepared:
         own("models").load_weights(model, config.model.weights)
     graph = trace(model, example, exclude=tuple(config.prune.exclude))
     for name in config.prune.methods:
-        context = context_for(config, model, graph, [], name, 0)
+        context = context_for(config, model, graph, example, [], name, 0)
         for ratio in config.prune.ratios:
             try:
                 methods.method(name).check_budget(context, {config.prune.budget: ratio})
@@ -137,11 +137,13 @@ def check(config: Config) -> Prepared:
 
 
 def context_for(
-    config: Config, model: nn.Module, graph: ChannelGraph, batches: list[tuple[Tensor, Tensor]], method: str, seed: int) -> Context:
+    config: Config, model: nn.Module, graph: ChannelGraph, example: Tensor, batches: list[tuple[Tensor, Tensor]], method: str, seed: int,
+    original: tuple[int, int] | None = None) -> Context:
     """What `method` is given under this configuration."""
     prune = config.prune
     return Context(
-        model=model, graph=graph, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
+        model=model, graph=graph, example=example, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
+        original=original, exclude=tuple(prune.exclude),
         allocation=prune.allocation, max_layer_ratio=prune.max_layer_ratio, round_to=prune.round_to, verify=prune.verify,
         options=prune.method_options.get(method, {}))
 

@@ -24,8 +24,9 @@ from compress.data import load_data
 from compress.errors import RunError
 from compress.pipeline.bench import measure
 from compress.pipeline.checks import check, pick_device
+from compress.pipeline.entry import entry_name, entry_stage, plan_effect
 from compress.pipeline.folder import Mode, RunFolder
-from compress.pipeline.stages import Job, base_stage, entry_name, entry_stage, plan_effect
+from compress.pipeline.stages import Job, base_stage
 from compress.report import write_report, write_results
 from compress.train.distributed import Dist, connect
 

@@ -11,7 +11,7 @@ from compress.config_file import validate
 from compress.cost import count
 from compress.data import load_data
 from compress.errors import UserError
-from compress.pipeline import stages
+from compress.pipeline import entry, stages
 from compress.pipeline.run import dry_run, run
 from compress.train import evaluate
 
@@ -72,7 +72,8 @@ def test_the_run_folder_holds_what_it_promises_and_nothing_half_done(finished):
 def test_the_same_command_again_trains_nothing_and_reports_the_same(finished, monkeypatch):
     folder = finished[0]
     before = _rows(folder)
-    monkeypatch.setattr(stages, "fit", lambda *a, **k: pytest.fail("trained again"))
+    for module in (stages, entry):
+        monkeypatch.setattr(module, "fit", lambda *a, **k: pytest.fail("trained again"))
     run(validate(SMALL), folder.parent, mode="resume", log=lambda line: None)
     assert _rows(folder) == before
 

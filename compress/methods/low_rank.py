@@ -1,0 +1,194 @@
+"""Low-rank methods: `svd`, `tucker`, `cp` in the Frobenius norm, `kfac_svd`, `kfac_tucker` in the K-FAC norm.
+
+Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack ("global") or equal shares ("uniform") picks one option per layer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.config import Section
+from compress.curvature import LayerFactors, collect
+from compress.curvature.linalg import damped, power, Spectrum
+from compress.curvature.quadratic import channel_moment
+from compress.decompose.factors import Factors
+from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
+from compress.decompose.modules import build_block, dense_weight, factorizable, replace_module
+from compress.decompose.unweighted import cp, svd, tucker2
+from compress.errors import UserError
+from compress.methods import METHODS, Context, parse_options
+from compress.methods.menus import Menu, build_menu, choose, least, tails, uniform
+from compress.plan import Plan
+from compress.steps.factorize import blocks, factorize_step
+from compress.undisturbed import arguments, undisturbed
+
+QUANTITIES = ("params", "macs")
+TOLERANCE = 0.01  # a ratio this close to the largest reachable one counts as reached, as for channels
+
+
+class PlainOptions(Section):
+    """Options of the unweighted decompositions."""
+
+
+class WeightedOptions(Section):
+    """Options of the K-FAC weighted decompositions."""
+
+    fisher: str = Field("true", pattern="^(true|exact|empirical)$", description="labels drawn from the network, all classes weighted, or the data's labels")
+    samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
+    ekfac: bool = Field(True, description="put the layers on one scale by their measured gradient norms (a second pass over the data)")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One decomposition: how many ranks, its factors at given ranks, and its loss estimate."""
+
+    sides: int
+    weighted: bool
+    factors: Callable[..., Factors]
+
+
+KINDS = {
+    "svd": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0])),
+    "tucker": Kind(2, False, lambda w, ranks, entry: tucker2(w, ranks)),
+    "cp": Kind(1, False, lambda w, ranks, entry: cp(w, ranks[0]) if w.ndim == 4 else svd(w, ranks[0])),
+    "kfac_svd": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0])),
+    "kfac_tucker": Kind(2, True, lambda w, ranks, entry: kfac_tucker2(w, entry.A, entry.G, ranks)),
+}
+
+
+class RankMethod:
+    """Factorizes layers by the decomposition `name`, with ranks chosen under the budget."""
+
+    budgets = QUANTITIES
+
+    def __init__(self, name: str) -> None:
+        self.name, self.kind = name, KINDS[name]
+        self.needs_data = self.kind.weighted
+
+    def check(self, options: dict[str, Any]) -> None:
+        """Raise `UserError` for options that the method does not have."""
+        self._options(options)
+
+    def _options(self, options: dict[str, Any]) -> Any:
+        return parse_options(self.name, WeightedOptions if self.kind.weighted else PlainOptions, options)
+
+    def prepare(self, context: Context) -> tuple[list[Menu], dict[str, LayerFactors]]:
+        """A menu per layer, and the layers' second moments where the method is weighted."""
+        shapes = layer_inputs(context)
+        moments: dict[str, LayerFactors] = {}
+        if self.kind.weighted:
+            options = self._options(context.options)
+            moments = collect(context.model, context.batches, layers=list(shapes), fisher=options.fisher, samples=options.samples, bias=False,
+                              generator=context.generator, ekfac=options.ekfac)
+        return [self._menu(name, context.model.get_submodule(name), shape, moments.get(name)) for name, shape in shapes.items()], moments
+
+    def check_budget(self, context: Context, budget: dict[str, float]) -> None:
+        """Raise `UserError` where even the smallest ranks keep too much."""
+        menus = [self._menu(name, context.model.get_submodule(name), shape, None, estimate=False) for name, shape in layer_inputs(context).items()]
+        (quantity, ratio), = budget.items()
+        total, index = context.graph.count()[QUANTITIES.index(quantity)], QUANTITIES.index(quantity)
+        most = sum(menu.costs[0][index] for menu in menus) - least(menus, index)
+        if most < (ratio - TOLERANCE) * total:
+            raise UserError(f"A budget that removes {ratio:g} of the {quantity} cannot be reached: at most {most / total:.4f} can be removed by {self.name} over {len(menus)} layers.")
+
+    def apply(self, model: nn.Module, context: Context, state: tuple[list[Menu], dict[str, LayerFactors]], budget: dict[str, float]) -> Plan:
+        """Factorize layers of `model` in place until `budget` is met."""
+        menus, moments = state
+        (quantity, ratio), = budget.items()
+        index = QUANTITIES.index(quantity)
+        current = context.graph.count()[index]
+        original = context.original[index] if context.original else current
+        limit = (1 - ratio) * original - (current - sum(menu.costs[0][index] for menu in menus))
+        limit = max(limit, min(least(menus, index), limit + TOLERANCE * original))
+        chosen = (choose if context.allocation == "global" else uniform)(menus, index, limit)
+        before = blocks(model)
+        for menu, option in zip(menus, chosen):
+            if menu.ranks[option] is not None:
+                module = model.get_submodule(menu.name)
+                factors = self.kind.factors(dense_weight(module).detach(), menu.ranks[option], moments.get(menu.name))
+                replace_module(model, menu.name, build_block(module, factors))
+        return Plan([factorize_step(before, model)])
+
+    def _menu(self, name: str, module: nn.Module, input_shape: tuple[int, ...], entry: LayerFactors | None, estimate: bool = True) -> Menu:
+        weight = dense_weight(module).detach()
+        o, c = weight.shape[:2]
+        if self.kind.sides == 2:
+            largest: tuple[int, ...] = (o, c)
+        elif self.name == "cp" and weight.ndim == 4:
+            largest = (min(o * c, o * weight[0, 0].numel(), c * weight[0, 0].numel()),)
+        else:
+            largest = (min(o, weight[0].numel()),)
+        loss = self._loss(weight, entry) if estimate else lambda ranks: 0.0
+        return build_menu(name, module, input_shape, lambda ranks: _shape(self.name, weight, ranks), largest, loss)
+
+    def _loss(self, weight: Tensor, entry: LayerFactors | None) -> Callable[[tuple[int, ...]], float]:
+        if self.name == "kfac_svd":
+            energy = whitened_spectrum(weight, entry.A, entry.G).square()
+            left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+            return lambda ranks: 0.5 * entry.scale() * float(left[min(ranks[0], len(left) - 1)])
+        dense, factor = weight.double().flatten(2) if weight.ndim == 4 else weight.double()[..., None], 1.0
+        if self.kind.weighted:
+            root_g, root_c = (power(Spectrum(s.vectors, damped(s, DAMPING)), 0.5) for s in (entry.eigen()[1], _channel_spectrum(entry, weight)))
+            dense, factor = torch.einsum("po,ocm,cd->pdm", root_g, dense, root_c), 0.5 * entry.scale()
+        else:
+            factor = 1 / max(float(dense.square().sum()), torch.finfo(torch.float64).tiny)
+        rows, columns = tails(dense.flatten(1)), tails(dense.transpose(0, 1).flatten(1))
+        at = lambda tail, r: float(tail[min(r, len(tail) - 1)])  # noqa: E731
+        if self.kind.sides == 2:
+            return lambda ranks: factor * min(at(rows, ranks[0]) + at(columns, ranks[1]), float(rows[0]))
+        if self.name == "cp" and weight.ndim == 4:
+            return lambda ranks: factor * max(at(rows, ranks[0]), at(columns, ranks[0]))
+        return lambda ranks: factor * at(rows, ranks[0])
+
+
+def _channel_spectrum(entry: LayerFactors, weight: Tensor) -> Spectrum:
+    from compress.curvature import eigh
+
+    return eigh(channel_moment(entry.A, weight), f"input moment of layer {entry.name!r}")
+
+
+def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
+    """Factors of the right shapes, on the meta device."""
+    o, c, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
+    r = ranks[0]
+    with torch.device("meta"):
+        if name in ("tucker", "kfac_tucker"):
+            return Factors(torch.empty(ranks[1], c), torch.empty(*ranks, *kernel), torch.empty(o, r))
+        if not kernel:
+            return Factors(torch.empty(r, c), None, torch.empty(o, r))
+        if name == "cp":
+            return Factors(torch.empty(r, c), torch.empty(r, 1, *kernel), torch.empty(o, r), depthwise=True)
+        return Factors(None, torch.empty(r, c, *kernel), torch.empty(o, r))
+
+
+def layer_inputs(context: Context) -> dict[str, tuple[int, ...]]:
+    """Input shape of one image for every layer that may be factorized, in the order of the network's modules."""
+    found: dict[str, tuple[int, ...]] = {}
+    handles = []
+    inside: tuple[str, ...] = ()
+    for name, module in context.model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if factorizable(module) and getattr(module, "groups", 1) == 1 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in context.exclude):
+            inside = (*inside, f"{name}.")
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: found.__setitem__(name, tuple(inputs[0].shape[1:]))))
+    try:
+        with undisturbed(context.model), torch.no_grad():
+            context.model(*arguments(context.example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise UserError("No layer of this network can be factorized: it needs a Linear or an ungrouped Conv2d that is not excluded.")
+    return {name: found[name] for name, _ in context.model.named_modules() if name in found}
+
+
+for _name in KINDS:
+    METHODS.register(_name)(RankMethod(_name))
