@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from compress.curvature.linalg import Spectrum, eigh
+from compress.curvature.linalg import Spectrum, eigh, kron
 
 
 @dataclass
@@ -60,9 +60,9 @@ class LayerFactors:
         offsets = self.kernel[0] * self.kernel[1] if self.patch != "full" else 1
         eye = torch.eye(offsets, dtype=self.A.dtype, device=self.A.device)
         if not corrected:
-            return torch.kron(self.G, torch.kron(self.A, eye))
+            return kron(self.G, kron(self.A, eye))
         spectrum_a, spectrum_g = self.eigen()
-        basis = torch.kron(spectrum_g.vectors, torch.kron(spectrum_a.vectors, eye))
+        basis = kron(spectrum_g.vectors, kron(spectrum_a.vectors, eye))
         return (basis * self.second.flatten()) @ basis.T
 
     def scale(self) -> float:

@@ -99,3 +99,9 @@ def inverse(matrix: Tensor, damping: float, name: str = "matrix") -> Tensor:
     if torch.isfinite(factor).all() and not info.any():
         return torch.cholesky_inverse(factor)
     return power(eigh(shifted, name), -1.0)
+
+
+def kron(left: Tensor, right: Tensor) -> Tensor:
+    """Kronecker product of two matrices; `torch.kron` raises for some memory layouts of thin matrices."""
+    (a, b), (c, d) = left.shape, right.shape
+    return (left[:, None, :, None] * right[None, :, None, :]).reshape(a * c, b * d)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress.curvature.linalg import kron
 from compress.errors import UserError
 
 
@@ -30,7 +31,7 @@ def patch_moment(A: Tensor, weight: Tensor) -> Tensor:
     if size in (columns, columns + 1):
         return A[..., :columns, :columns]
     if size == channels:
-        return torch.kron(A, torch.eye(offsets, dtype=A.dtype, device=A.device))
+        return kron(A, torch.eye(offsets, dtype=A.dtype, device=A.device))
     raise UserError(f"A second moment of size {size} does not belong to a weight of shape {tuple(weight.shape)}; "
                     f"expected {columns} (patches), {columns + 1} (with bias) or {channels} (channels).")
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.curvature import LayerFactors, collect, ekfac, eigh
-from compress.curvature.linalg import Spectrum
+from compress.curvature.linalg import Spectrum, kron
 from compress.curvature.quadratic import channel_moment, nearest_kronecker, spatial_moment
 from compress.decompose.eigen import merge_outer, rotate
 from compress.decompose.factors import Factors
@@ -124,7 +124,7 @@ def _third_factor(entry: LayerFactors, weight: Tensor, options: ImprovedOptions)
     else:
         C, K = channel_moment(entry.A, weight), spatial_moment(entry.A, weight)
     channel, offsets = eigh(C, f"channel moment of layer {entry.name!r}"), eigh(K, f"spatial moment of layer {entry.name!r}")
-    joint = Spectrum(torch.kron(channel.vectors, offsets.vectors), torch.kron(channel.values, offsets.values))
+    joint = Spectrum(kron(channel.vectors, offsets.vectors), (channel.values[:, None] * offsets.values).flatten())
     entry._eigen = (joint, entry.eigen()[1])
     return channel, offsets
 

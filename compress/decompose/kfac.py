@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.curvature.linalg import Spectrum, damp, damped, eigh, power
+from compress.curvature.linalg import Spectrum, damp, damped, eigh, kron, power
 from compress.curvature.quadratic import channel_moment, patch_moment
 from compress.decompose.factors import Factors, orthonormalise
 from compress.decompose.unweighted import SVD_MODES, check_rank, check_weight, from_matrices, hooi, matricise
@@ -98,7 +98,7 @@ def kfac_tucker2(weight: Tensor, A: Tensor, G: Tensor, ranks: tuple[int, int], r
     if refit and A.shape[-1] >= dense[0].numel() and dense.shape[2] > 1:
         span = torch.linalg.qr(back_c @ u_in)[0].contiguous()
         full = damp(patch_moment(A, weight), damping)
-        basis = torch.kron(span, torch.eye(dense.shape[2], dtype=dense.dtype, device=dense.device))
+        basis = kron(span, torch.eye(dense.shape[2], dtype=dense.dtype, device=dense.device))
         back_h = _roots(basis.T @ full @ basis, "A", 0.0)[1]
         u, s, v = torch.linalg.svd(root_g @ dense.flatten(1) @ full @ basis @ back_h, full_matrices=False)
         rank = min(r_out, s.numel())
