@@ -74,8 +74,7 @@ def train(
     """Train under the masks for `epochs` epochs."""
     cfg = settings.train.model_copy(update={"epochs": epochs})
     sizes = {"batch_size": settings.data.batch_size, "eval_batch_size": settings.data.eval_batch_size}
-    with masks.enforced():
-        return fit(masks.model, data, cfg, **sizes, seed=seed, log=log, after_step=after_step)
+    return fit(masks.model, data, cfg, **sizes, seed=seed, log=log, after_step=after_step)
 
 
 def histogram(values: torch.Tensor, bins: int = BINS) -> dict[str, list]:

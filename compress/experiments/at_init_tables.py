@@ -73,11 +73,11 @@ def _layers(rows: Rows, folder: Path, ratio: float) -> None:
             density.setdefault(layer["name"], {})[_label(row)] = 1 - layer["density"]
             macs.setdefault(layer["name"], {})[_label(row)] = layer["macs_nonzero"]
             flat.append({"pruner": _label(row), "layer": layer["name"], "sparsity": 1 - layer["density"]} | layer)
-        for when, panels in row["histograms"].items():
-            shown = {name: (panel["edges"], panel["counts"]) for name, panel in panels.items()}
-            plots.histograms(
-                folder / "figures" / f"weights-{_label(row)}-{when}", shown, f"Kept weights at {ratio:g}x, {_label(row)}, {when}"
-            )
+        panels: dict[str, dict[str, tuple[list, list]]] = {}
+        for when, layers in row["histograms"].items():
+            for name, panel in layers.items():
+                panels.setdefault(name, {})[when] = (panel["edges"], panel["counts"])
+        plots.histograms(folder / "figures" / f"weights-{_label(row)}", panels, f"Kept weights at {ratio:g}x, {_label(row)}")
     plots.bars(folder / "figures" / "layer_sparsity", density, f"Sparsity of each layer at {ratio:g}x", "layer", "sparsity")
     plots.bars(folder / "figures" / "layer_macs", macs, f"MACs of each layer at {ratio:g}x", "layer", "MACs")
     write_csv(folder / "layers.csv", flat)

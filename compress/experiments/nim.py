@@ -87,16 +87,15 @@ def play_and_train(
     def epochs(count: int, rate: float) -> None:
         for _ in range(count):
             cfg = settings.train.model_copy(update={"epochs": 1, "lr": rate, "schedule": "constant", "warmup_epochs": 0.0})
-            with masks.enforced():
-                fit(
-                    model,
-                    data,
-                    cfg,
-                    batch_size=settings.data.batch_size,
-                    seed=1000 * seed + len(result),
-                    steps=settings.steps_per_epoch,
-                    log=log,
-                )
+            fit(
+                model,
+                data,
+                cfg,
+                batch_size=settings.data.batch_size,
+                seed=1000 * seed + len(result),
+                steps=settings.steps_per_epoch,
+                log=log,
+            )
             result.append((1 - masks.density, accuracy(model, data, settings)))
 
     epochs(settings.stabilise_epochs, settings.prune_lr)

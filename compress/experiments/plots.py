@@ -71,17 +71,20 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], title: str, x: s
     _save(figure, path, [{x: group, "series": name, y: value} for group, values in groups.items() for name, value in values.items()])
 
 
-def histograms(path: Path, panels: Mapping[str, tuple[Sequence[float], Sequence[int]]], title: str) -> None:
-    """One panel per layer: (bin edges [n + 1], counts [n]) of its kept weights."""
+def histograms(path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[int]]]], title: str) -> None:
+    """One panel per layer with one outline per series: (bin edges [n + 1], counts [n]) of its kept weights."""
     columns = min(4, len(panels))
-    figure = Figure(figsize=(3 * columns, 2.2 * -(-len(panels) // columns)), layout="constrained")
+    figure = Figure(figsize=(3 * columns, 2.2 * -(-len(panels) // columns) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
     rows = []
-    for index, (name, (edges, counts)) in enumerate(panels.items()):
+    for index, (layer, series) in enumerate(panels.items()):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
-        axes.stairs(counts, edges, fill=True)
-        axes.set_title(name, fontsize=7)
+        for name, (edges, counts) in series.items():
+            axes.stairs(counts, edges, label=name)
+            found = zip(edges[:-1], edges[1:], counts, strict=True)
+            rows += [{"layer": layer, "series": name, "low": low, "high": high, "count": n} for low, high, n in found]
+        axes.set_title(layer, fontsize=7)
         axes.tick_params(labelsize=6)
-        rows += [{"layer": name, "low": low, "high": high, "count": n} for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path, rows)

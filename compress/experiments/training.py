@@ -89,17 +89,16 @@ def train_in_phases(
         begin(len(records))
     if ends[-1]:
         cfg = cfg.model_copy(update={"epochs": -(-ends[-1] // steps_per_epoch(data, batch_size))})
-        with masks.enforced():
-            fit(
-                masks.model,
-                data,
-                cfg,
-                batch_size=batch_size,
-                seed=seed,
-                steps=ends[-1],
-                after_step=after_step,
-                log=log,
-                eval_batch_size=eval_batch_size,
-            )
+        fit(
+            masks.model,
+            data,
+            cfg,
+            batch_size=batch_size,
+            seed=seed,
+            steps=ends[-1],
+            after_step=after_step,
+            log=log,
+            eval_batch_size=eval_batch_size,
+        )
     end(len(records) - 1)
     return records

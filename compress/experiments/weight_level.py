@@ -79,8 +79,7 @@ def train_masked(
     masks: Masks, data: DataBundle, settings: WeightLevelConfig, cfg: TrainConfig, seed: int, log: Log
 ) -> list[dict[str, Any]]:
     """Train under the masks; the history of `fit`."""
-    with masks.enforced():
-        return fit(masks.model, data, cfg, batch_size=settings.data.batch_size, seed=seed, log=log)
+    return fit(masks.model, data, cfg, batch_size=settings.data.batch_size, seed=seed, log=log)
 
 
 def _arm(arm: str, masks: Masks, data: DataBundle, settings: WeightLevelConfig, seed: int, log: Log) -> list[dict[str, Any]]:

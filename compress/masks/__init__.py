@@ -6,7 +6,7 @@ prune(masks, "magnitude", 0.1)
 masks.make_permanent()
 """
 
-from compress.masks.buffers import Masks
+from compress.masks.buffers import Masks, add_buffers, enforced, mask_names
 from compress.masks.patterns import Block, NofM, Pattern, Unstructured, VectorBlock, parse_pattern
 from compress.masks.prune import prune
 from compress.masks.scope import SCOPES, select_parameters
@@ -14,6 +14,6 @@ from compress.masks.select import keep_count, select
 from compress.masks.storage import load_masked, save_masked
 
 __all__ = [
-    "SCOPES", "Block", "Masks", "NofM", "Pattern", "Unstructured", "VectorBlock", "keep_count", "load_masked", "parse_pattern", "prune",
-    "save_masked", "select", "select_parameters",
+    "SCOPES", "Block", "Masks", "NofM", "Pattern", "Unstructured", "VectorBlock", "add_buffers", "enforced", "keep_count", "load_masked",
+    "mask_names", "parse_pattern", "prune", "save_masked", "select", "select_parameters",
 ]  # fmt: skip

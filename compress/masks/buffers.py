@@ -7,7 +7,7 @@ too, so that stale momentum cannot move a pruned weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,26 @@ SUFFIX = "_mask"
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     layer, _, short = name.rpartition(".")
     return model.get_submodule(layer), short
+
+
+def add_buffers(model: nn.Module, names: Sequence[str]) -> None:
+    """Give the parameters `names` all-True mask buffers; one that is already there stays."""
+    for name in names:
+        module, short = _owner(model, name)
+        if short + SUFFIX not in module._buffers:
+            module.register_buffer(short + SUFFIX, torch.ones_like(getattr(module, short), dtype=torch.bool))
+
+
+def mask_names(model: nn.Module) -> list[str]:
+    """Names of the parameters of `model` that have mask buffers."""
+    parameters = dict(model.named_parameters())
+    found = [name[: -len(SUFFIX)] for name, buffer in model.named_buffers() if name.endswith(SUFFIX) and buffer.dtype == torch.bool]
+    return [name for name in found if name in parameters]
+
+
+def enforced(model: nn.Module) -> AbstractContextManager[None]:
+    """`Masks.of(model).enforced()`, or nothing where the network carries no masks: what a training loop wraps its steps in."""
+    return Masks.of(model).enforced() if mask_names(model) else nullcontext()
 
 
 class Masks:
@@ -41,18 +61,13 @@ class Masks:
     def attach(cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = (), biases: bool = False) -> Masks:
         """Give every parameter in `scope` an all-True mask buffer; a mask that is already there stays."""
         names = select_parameters(model, scope, exclude, biases)
-        for name in names:
-            module, short = _owner(model, name)
-            if short + SUFFIX not in module._buffers:
-                module.register_buffer(short + SUFFIX, torch.ones_like(getattr(module, short), dtype=torch.bool))
+        add_buffers(model, names)
         return cls(model, names, scope)
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
         """The masks that `model` carries (after `copy.deepcopy`, say); `UserError` where it has none."""
-        names = [name[: -len(SUFFIX)] for name, buffer in model.named_buffers() if name.endswith(SUFFIX) and buffer.dtype == torch.bool]
-        parameters = dict(model.named_parameters())
-        names = [name for name in names if name in parameters]
+        names = mask_names(model)
         if not names:
             raise UserError(f"{type(model).__name__} carries no masks; call Masks.attach first.")
         return cls(model, names)

@@ -1,7 +1,7 @@
 """Masks as methods: `mask_<criterion>` for every weight criterion, under the budget {"weights": fraction of masked weights removed}.
 
-The network keeps its shape; boolean buffers `<parameter>_mask` say which weights are kept. Training afterwards must run under
-`compress.masks.enforced`.
+The network keeps its shape; boolean buffers `<parameter>_mask` say which weights are kept; `fit` enforces them, and
+any other training loop can by `compress.masks.enforced`.
 """
 
 from __future__ import annotations

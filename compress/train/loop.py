@@ -20,6 +20,7 @@ from compress.config import TrainConfig
 from compress.data.bundle import DataBundle
 from compress.data.split import batch_bounds
 from compress.errors import UserError
+from compress.masks import enforced
 from compress.train.checkpoint import Checkpoints
 from compress.train.distributed import Dist
 from compress.train.modes import mode
@@ -53,8 +54,9 @@ def fit(
     val_loss and val_accuracy (of the weights that would be kept; `None` without validation images), seconds.
 
     `batch_size` counts the images of all processes together. A last batch of fewer than 2 images per process joins the one before it.
+    Weight masks that the network carries (`compress.masks`) are enforced after every step.
     `steps` caps the optimiser steps in all, and the schedule spans what remains. `teacher` is used where `cfg.distill` is set, in
-    evaluation mode. `after_step` is called after every optimiser step, before the weight average is updated (weight masks). At the end
+    evaluation mode. `after_step` is called after every optimiser step, before the weight average is updated. At the end
     the network holds the last epoch's weights, or the best validation epoch's (`cfg.select`), averaged where `cfg.ema` is set.
 
     With `checkpoint` the state is saved after every epoch, and `resume` continues from there; a finished training is only loaded.
@@ -90,7 +92,7 @@ def fit(
     if checkpoint is not None:
         trainer.load(resume, steps)
     quiet_teacher = mode(teacher, False) if trainer.teacher is not None else contextlib.nullcontext()
-    with StopRequest() as stop, mode(model, True), quiet_teacher, _isolated_random_state(trainer.device):
+    with StopRequest() as stop, mode(model, True), quiet_teacher, _isolated_random_state(trainer.device), enforced(model):
         trainer.run(stop)
     return trainer.state.history
 
