@@ -18,6 +18,7 @@ from .sparse_conv.reference import channels_last, group_for
 from .vector_block.reference import kept_columns
 
 RUN16_COLUMNS = 16
+TWO_FOUR_COLUMNS = 256
 LONG_CONTRACTION = 2048
 MOST_KEPT_VECTORS = 0.9
 
@@ -67,6 +68,9 @@ def _matrices(offer, weight: Tensor, mask: Tensor, columns: int) -> None:
     for height in (128, 64):
         if kept_columns(mask, height) <= MOST_KEPT_VECTORS:
             offer(f"vector_block {height}", format="vector_block", height=height)
+    half = weight.dtype in (torch.bfloat16, torch.float16) and all(size % 16 == 0 for size in weight.shape)
+    if half and columns >= TWO_FOUR_COLUMNS:
+        offer("two_four", format="two_four")
 
 
 def _convolutions(offer, layer: nn.Conv2d, mask: Tensor) -> None:

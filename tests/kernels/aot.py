@@ -75,7 +75,18 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         yield row("sparse_conv", f"{kind} {c}", capability, built, c["warps"], kind=kind, group=c["group"])
 
 
-KERNELS = {"run16": run16, "vector_block": vector_block, "sparse_conv": sparse_conv}
+def compact(full: bool) -> Iterator[dict]:
+    from kernels.compact.triton import CONFIGS, compact_decode_kernel
+
+    every = itertools.product(TYPES, CONFIGS, CAPABILITIES)
+    for kind, c, capability in every if full else [("bf16", CONFIGS[-1], 90)]:
+        pointers = {"values": "*" + kind, "bitmap": "*i32", "row_ptr": "*i64", "y": "*" + kind}
+        built = build(compact_decode_kernel, pointers, {"columns": "i32", "words": "i32"}, {"WORDS": c["words"]}, capability, c["warps"], loops=True)
+        counted = any("POPC" in opcode for loop in built.loops for opcode in loop)
+        yield row("compact", f"{kind} {c}", capability, built, c["warps"], kind=kind, counted=counted)
+
+
+KERNELS = {"run16": run16, "vector_block": vector_block, "sparse_conv": sparse_conv, "compact": compact}
 
 
 def row(kernel: str, case: str, capability: int, built, warps: int, **facts) -> dict:

@@ -9,7 +9,7 @@ INSTRUCTIONS_PER_NONZERO = {0: 12, 1: 10}
 
 
 def check(lines: list[dict]) -> None:
-    assert {line["kernel"] for line in lines} >= {"run16", "vector_block", "sparse_conv"}
+    assert {line["kernel"] for line in lines} >= {"run16", "vector_block", "sparse_conv", "compact"}
     assert {line["capability"] for line in lines} == {80, 90, 100}
     assert [line for line in lines if line["stack"] or line["local"]] == [], "spilled registers"
     assert [line for line in lines if line["registers"] > 255 or line["registers"] * line["threads"] > 65536] == []
@@ -17,6 +17,7 @@ def check(lines: list[dict]) -> None:
     counted = [line for line in lines if line.get("per_nonzero") is not None and line["kind"] == "bf16"]
     assert {(line["coding"], line["capability"]) for line in counted} >= {(0, 90), (1, 90)}
     assert [line for line in counted if not 5 < line["per_nonzero"] <= INSTRUCTIONS_PER_NONZERO[line["coding"]]] == []
+    assert all(line["counted"] for line in lines if line["kernel"] == "compact"), "no population count instruction"
     hopper = [line for line in lines if line["kernel"] in ("vector_block", "sparse_conv") and line["capability"] == 90 and line["kind"] in ("bf16", "fp16")]
     assert hopper and all(line["wgmma"] and line["cp_async"] for line in hopper)
 

@@ -10,6 +10,8 @@ import pytest
 
 from .subprocesses import json_lines
 
+KERNELS = ("run16", "vector_block", "sparse_conv", "two_four", "compact")
+
 pytest.importorskip("triton")
 
 
@@ -18,6 +20,7 @@ def check(lines: list[dict], count: int) -> None:
     launches = {line["kernel"]: line["launches"] for line in lines if "launches" in line}
     counts = Counter(case["kernel"] for case in cases)
     assert counts == dict.fromkeys(launches, count)
+    assert set(launches) == set(KERNELS)
     assert all(n >= count // 2 for n in launches.values()), launches
     assert [case for case in cases if not case["error"] <= case["tolerance"]] == []
     assert [case for case in cases if not case["same"]] == []

@@ -12,11 +12,11 @@ from kernels import SparseConv2d, SparseLinear
 from .masks import masked
 from .subprocesses import ROOT
 
-LINEAR = ("run16", "vector_block", "csr")
+LINEAR = ("run16", "vector_block", "sparse_conv", "two_four", "compact", "csr")
 CONV = ("csr", "sparse_conv")
 
 
-def linear(sparsity=0.7, rows=33, columns=47, bias=True) -> nn.Linear:
+def linear(sparsity=0.7, rows=33, columns=48, bias=True) -> nn.Linear:
     layer = nn.Linear(columns, rows, bias)
     layer.weight.data = masked(rows, columns, sparsity, "random", torch.Generator().manual_seed(int(100 * sparsity)))
     return layer
@@ -32,12 +32,12 @@ def conv(sparsity=0.7, **options) -> nn.Conv2d:
 def test_linear_round_trip(name):
     dense = linear().eval()
     sparse = SparseLinear.from_dense(dense, format=name)
-    x = torch.randn(4, 47)
+    x = torch.randn(4, 48)
     torch.testing.assert_close(sparse(x), dense(x))
     back = sparse.to_dense()
     assert torch.equal(back.weight, dense.weight) and torch.equal(back.bias, dense.bias)
     assert not back.training and sparse.density == pytest.approx(float((dense.weight != 0).float().mean()))
-    assert torch.equal(sparse.weight, dense.weight) and (sparse.in_features, sparse.out_features) == (47, 33)
+    assert torch.equal(sparse.weight, dense.weight) and (sparse.in_features, sparse.out_features) == (48, 33)
 
 
 @pytest.mark.parametrize("name", CONV)
@@ -60,14 +60,14 @@ def test_state_dict_loads_into_a_layer_of_another_sparsity(name):
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     missing, unexpected = target.load_state_dict(state)
     assert not missing and not unexpected
-    x = torch.randn(3, 47)
+    x = torch.randn(3, 48)
     assert torch.equal(target(x), source(x)) and target.format == name and target.kept == source.kept
     state["values"].zero_()
     assert target.weight.any()
 
 
 def test_state_dict_of_another_shape_is_refused():
-    with pytest.raises(RuntimeError, match="holds a weight of 33 x 47, but this layer has 32 x 47"):
+    with pytest.raises(RuntimeError, match="holds a weight of 33 x 48, but this layer has 32 x 48"):
         SparseLinear.from_dense(linear(rows=32)).load_state_dict(SparseLinear.from_dense(linear()).state_dict())
 
 
@@ -78,7 +78,7 @@ def test_fine_tuning_keeps_the_mask_and_equals_dense_training_on_it(name):
     mask = dense.weight.detach() != 0
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, weight_decay=0.01) for m in (dense, sparse)]
     for step in range(5):
-        x, target = torch.randn(8, 47), torch.randn(8, 33)
+        x, target = torch.randn(8, 48), torch.randn(8, 33)
         for module, optimizer in zip((dense, sparse), optimizers):
             optimizer.zero_grad()
             (module(x) - target).square().mean().backward()
@@ -92,7 +92,7 @@ def test_fine_tuning_keeps_the_mask_and_equals_dense_training_on_it(name):
 
 def test_compile_and_export():
     module = nn.Sequential(SparseLinear.from_dense(linear(), activation="relu"), nn.Unflatten(1, (33, 1, 1)), nn.Conv2d(33, 6, 1), SparseConv2d.from_dense(conv()))
-    x = torch.randn(5, 47)
+    x = torch.randn(5, 48)
     expected = module(x)
     torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), expected)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -101,7 +101,7 @@ def test_compile_and_export():
 
 def test_epilogue_in_the_module():
     dense = linear()
-    scale, residual, x = torch.rand(33) + 0.5, torch.randn(4, 33), torch.randn(4, 47)
+    scale, residual, x = torch.rand(33) + 0.5, torch.randn(4, 33), torch.randn(4, 48)
     sparse = SparseLinear.from_dense(dense, scale=scale, activation="silu")
     expected = nn.functional.silu(x @ dense.weight.t() * scale + dense.bias + residual)
     torch.testing.assert_close(sparse(x, residual), expected, rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_epilogue_in_the_module():
 def test_representation_names_the_facts():
     sparse = SparseLinear.from_dense(linear(), format="run16")
     text = repr(sparse)
-    assert "in_features=47, out_features=33, bias=True" in text and "format=run16" in text and f"density={sparse.density:.3f}" in text
+    assert "in_features=48, out_features=33, bias=True" in text and "format=run16" in text and f"density={sparse.density:.3f}" in text
 
 
 def test_what_cannot_be_packed_is_refused():

@@ -11,7 +11,7 @@ from kernels.operator import check_linear
 
 from .masks import masked
 
-LINEAR = ("run16", "vector_block", "sparse_conv", "csr")
+LINEAR = ("run16", "vector_block", "sparse_conv", "two_four", "compact", "csr")
 
 
 def call(packed, x, values=None, scale=None, bias=None, residual=None, activation="none"):
@@ -20,7 +20,7 @@ def call(packed, x, values=None, scale=None, bias=None, residual=None, activatio
     return op(x, values, packed.index, scale, bias, residual, packed.rows, packed.columns, packed.kept, list(packed.options), activation)
 
 
-def example(name, rows=33, columns=47, dtype=torch.float32):
+def example(name, rows=33, columns=48, dtype=torch.float32):
     weight = masked(rows, columns, 0.6, "random", torch.Generator().manual_seed(1)).to(dtype)
     return weight, formats.pack(name, weight)
 
@@ -29,7 +29,7 @@ def example(name, rows=33, columns=47, dtype=torch.float32):
 @pytest.mark.parametrize("name", LINEAR)
 def test_gradients_equal_those_of_the_dense_product(name, activation):
     weight, packed = example(name)
-    x, residual = torch.randn(3, 5, 47, requires_grad=True), torch.randn(3, 5, 33, requires_grad=True)
+    x, residual = torch.randn(3, 5, 48, requires_grad=True), torch.randn(3, 5, 33, requires_grad=True)
     scale, bias = torch.randn(33, requires_grad=True), torch.randn(33, requires_grad=True)
     values, dense = packed.values.clone().requires_grad_(), weight.clone().requires_grad_()
     y = call(packed, x, values, scale, bias, residual, activation)
@@ -49,8 +49,8 @@ def test_gradients_equal_those_of_the_dense_product(name, activation):
 def test_torch_library_checks(name):
     """torch.library.opcheck: schema, fake kernel, autograd registration and AOT dispatch with dynamic shapes."""
     _, packed = example(name)
-    x, values = torch.randn(3, 47, requires_grad=True), packed.values.clone().requires_grad_()
-    arguments = (x, values, packed.index, None, torch.randn(33), None, 33, 47, packed.kept, list(packed.options), "relu")
+    x, values = torch.randn(3, 48, requires_grad=True), packed.values.clone().requires_grad_()
+    arguments = (x, values, packed.index, None, torch.randn(33), None, 33, 48, packed.kept, list(packed.options), "relu")
     torch.library.opcheck(formats.linear_operator(name), arguments)
 
 
@@ -58,12 +58,12 @@ def test_torch_library_checks(name):
 def test_flops_count_kept_weights_only(name):
     weight, packed = example(name)
     with FlopCounterMode(display=False) as counter:
-        call(packed, torch.randn(2, 7, 47))
+        call(packed, torch.randn(2, 7, 48))
     assert counter.get_total_flops() == 2 * int((weight != 0).sum()) * 14
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("shape", [(0, 47), (2, 0, 47), (47,), (1, 47)])
+@pytest.mark.parametrize("shape", [(0, 48), (2, 0, 48), (48,), (1, 48)])
 def test_batch_shapes(name, shape):
     weight, packed = example(name)
     x = torch.randn(*shape)
@@ -81,27 +81,27 @@ def test_empty_matrices(name, rows, columns):
 @pytest.mark.parametrize("name", LINEAR)
 def test_non_contiguous_input_and_wrong_input(name):
     weight, packed = example(name)
-    x = torch.randn(47, 6).t()
+    x = torch.randn(48, 6).t()
     torch.testing.assert_close(call(packed, x), x @ weight.t())
     for bad, error, message in (
-        (torch.randn(3, 46), ValueError, "last dimension must be 47"),
-        (torch.randn(3, 47).double(), TypeError, "float64"),
+        (torch.randn(3, 46), ValueError, "last dimension must be 48"),
+        (torch.randn(3, 48).double(), TypeError, "float64"),
     ):
         with pytest.raises(error, match=message):
             call(packed, bad)
     with pytest.raises(ValueError, match="is on meta, but the packed weight is on cpu"):
-        check_linear(torch.randn(3, 47, device="meta"), packed.values, {}, None, 33, 47)
+        check_linear(torch.randn(3, 48, device="meta"), packed.values, {}, None, 33, 48)
     with pytest.raises(ValueError, match="one number per output row"):
-        call(packed, torch.randn(3, 47), bias=torch.randn(32))
+        call(packed, torch.randn(3, 48), bias=torch.randn(32))
     with pytest.raises(ValueError, match="residual has shape"):
-        call(packed, torch.randn(3, 47), residual=torch.randn(3, 32))
+        call(packed, torch.randn(3, 48), residual=torch.randn(3, 32))
     with pytest.raises(ValueError, match="activation"):
-        call(packed, torch.randn(3, 47), activation="tanh")
+        call(packed, torch.randn(3, 48), activation="tanh")
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_nan_weights_reach_only_their_row(name):
     weight, _ = example(name)
     weight[4, 7] = float("nan")
-    y = call(formats.pack(name, weight), torch.randn(2, 47))
+    y = call(formats.pack(name, weight), torch.randn(2, 48))
     assert torch.equal(torch.isnan(y), torch.arange(33).eq(4).expand(2, 33))

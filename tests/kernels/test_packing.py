@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import formats
+from kernels.two_four import reference as two_four
 
 from .masks import PATTERNS, masked
 
-LINEAR = ("run16", "vector_block", "sparse_conv", "csr")
+LINEAR = ("run16", "vector_block", "sparse_conv", "two_four", "compact", "csr")
 VARIANTS = {
     "run16": st.fixed_dictionaries({"coding": st.sampled_from((0, 1))}),
     "csr": st.just({}),
+    "two_four": st.just({}),
+    "compact": st.just({}),
     "sparse_conv": st.fixed_dictionaries({"height": st.sampled_from((16, 64)), "step": st.sampled_from((16, 32))}),
     "vector_block": st.fixed_dictionaries({"height": st.sampled_from((16, 32, 64)), "step": st.sampled_from((16, 32))}),
 }
@@ -35,6 +38,7 @@ def matrices(draw):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), weight=matrices())
 def test_unpack_returns_the_same_bits(name, data, weight):
+    weight = weight[:, : weight.shape[1] // 4 * 4].contiguous() if name == "two_four" else weight
     packed = formats.pack(name, weight, **data.draw(VARIANTS[name]))
     places = formats.positions(packed)
     addressed = places[places < weight.numel()].sort().values
@@ -100,6 +104,32 @@ def test_sparse_conv_packs_taps_in_torch_order():
         assert packed.options[0] == group and torch.equal(formats.unpack(packed), weight)
     with pytest.raises(ValueError, match="cannot be packed for a kernel of 3 x 3 in groups of 16"):
         formats.pack("sparse_conv", torch.ones(4, 72), kernel=(3, 3), group=16)
+
+
+def test_two_four_takes_the_two_largest_of_every_four():
+    weight = torch.tensor([[1.0, -4.0, 2.0, 3.0, 0.0, 0.0, 5.0, 0.0]])
+    packed = formats.pack("two_four", weight)
+    assert packed.index[0].tolist() == [[1, 3, 4, 2]] or packed.index[0].tolist() == [[1, 3, 2, 4]]
+    s, remainder = two_four.parts(packed.values, packed.index)
+    assert sorted(s[0].tolist()) == [-4.0, 0.0, 3.0, 5.0] and sorted(remainder[remainder != 0].tolist()) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="multiple of 4"):
+        formats.pack("two_four", torch.ones(2, 6))
+
+
+@pytest.mark.parametrize("sparsity, share", [(0.5, 0.094), (0.7, 0.0231), (0.9, 0.0010)])
+def test_two_four_leaves_the_expected_remainder(sparsity, share):
+    """With p = 1 - sparsity, four positions leave E[max(0, Binomial(4, p) - 2)] / 4 = p^3 (1 - p) + p^4 / 2 for R."""
+    p = 1 - sparsity
+    assert p**3 * (1 - p) + p**4 / 2 == pytest.approx(share, rel=0.2)
+    weight = masked(512, 1024, sparsity, "random", torch.Generator().manual_seed(9))
+    packed = formats.pack("two_four", weight)
+    in_s = int((packed.index[0] < 4).sum())
+    assert (packed.kept - in_s) / weight.numel() == pytest.approx(p**3 * (1 - p) + p**4 / 2, rel=0.1)
+
+
+def test_compact_is_a_bitmap_and_the_values():
+    weight = masked(64, 640, 0.8, "random", torch.Generator().manual_seed(8)).bfloat16()
+    assert formats.pack("compact", weight).bytes == weight.numel() // 8 + 2 * int((weight != 0).sum()) + 8 * 65
 
 
 def test_unknown_format_and_block_height_are_refused():

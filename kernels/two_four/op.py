@@ -1,0 +1,79 @@
+"""The operator `compress_kernels::two_four_linear` and the packing that feeds it.
+
+On a GPU S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its algorithm is searched for once) and R
+through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix. options = (coding of R,), as in run16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import epilogue, operator
+from ..formats import Packed
+from ..run16.reference import BYTE, stored_bytes
+from . import reference
+
+MULTIPLE = 16
+BATCH_MULTIPLE = 8
+# Compressed forms of S by its `values` tensor: (version of the tensor, compressed, {batch: algorithm}); dropped with the tensor.
+_compressed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def usable(x: Tensor, rows: int, columns: int) -> bool:
+    """Whether cuSPARSELt takes the product."""
+    supported = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch, "_cslt_compress")
+    return supported and rows % MULTIPLE == 0 and columns % MULTIPLE == 0
+
+
+def _dense_s(values: Tensor, index, rows: int, columns: int) -> Tensor:
+    s, _ = reference.parts(values.detach(), index)
+    return operator.decode(s, reference.positions_of_s(index[0], rows, columns), rows, columns)
+
+
+def _sparse_tensor_cores(x: Tensor, values: Tensor, index, rows: int, columns: int) -> Tensor:
+    """S x for x [N, columns], as [N, rows]."""
+    entry = _compressed.get(values)
+    if entry is None or entry[0] != values._version:
+        entry = (values._version, torch._cslt_compress(_dense_s(values, index, rows, columns)), {})
+        _compressed[values] = entry
+    _, compressed, algorithms = entry
+    batch = x.shape[0]
+    padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
+    if padded != batch:
+        x = torch.nn.functional.pad(x, (0, 0, 0, padded - batch))
+    if padded not in algorithms:
+        searching = not torch.cuda.is_current_stream_capturing()
+        algorithms[padded] = torch._cslt_sparse_mm_search(compressed, x.t()) if searching else 0
+    return torch._cslt_sparse_mm(compressed, x.t(), alg_id=algorithms[padded]).t()[:batch]
+
+
+def _launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str) -> Tensor:
+    from ..run16.triton import launch
+
+    if usable(x, rows, columns):
+        product = _sparse_tensor_cores(x, values, index, rows, columns)
+    else:
+        product = x @ _dense_s(values, index, rows, columns).t()
+    _, remainder = reference.parts(values.detach(), index)
+    fused = scale is None and residual is None
+    if remainder.shape[0]:
+        of_run16 = (options[0], 0, 0)
+        given = (bias, activation) if fused else (None, "none")
+        product = launch(x, remainder, index[1:], None, given[0], product.contiguous(), rows, columns, of_run16, given[1])
+        if fused:
+            return product
+    return epilogue.finish(product, scale, bias, residual, activation).contiguous()
+
+
+two_four_linear = operator.define_linear("two_four_linear", reference.positions, _launch)
+
+
+def pack(weight: Tensor, mask: Tensor | None = None) -> Packed:
+    """Packs `weight` [c_out, c_in], c_in a multiple of 4."""
+    values, index = reference.pack(weight, mask)
+    kept = int((weight != 0).sum() if mask is None else mask.sum())
+    _, remainder = reference.parts(values, index)
+    dense_half = weight.numel() // 2 * weight.element_size() + weight.numel() // 8
+    return Packed("two_four", values, index, weight.shape[0], weight.shape[1], kept, (BYTE,), dense_half + stored_bytes(remainder, index[1:]))
