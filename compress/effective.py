@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from compress.masks.buffers import Masks
+from compress.masks.buffers import Masks, mask_names
 from compress.saliency.flow import WEIGHTED, PositiveFlow, total
 from compress.saliency.statistics import scoring_mode
 
@@ -217,3 +217,23 @@ def report(masks: Masks, input_shape: Sequence[int]) -> MaskReport:
     nonzero = whole - sum(layer.macs - layer.macs_nonzero for layer in layers)
     sums = [sum(getattr(layer, field) for layer in layers) for field in ("weights", "kept", "effective")]
     return MaskReport(layers, *sums, whole, nonzero)
+
+
+def mask_columns(model: nn.Module, example: Any) -> dict[str, Any]:
+    """What masks add to a row of results: density, macs_nonzero (one input), effective_density, empty_layers, dead_channels.
+
+    Empty for a network without masks; the density alone where `example` is not one tensor `[n, ...]`.
+    """
+    if not mask_names(model):
+        return {}
+    masks = Masks.of(model)
+    if not isinstance(example, Tensor):
+        return {"density": masks.density}
+    found = report(masks, example.shape[1:])
+    return {
+        "density": found.density,
+        "macs_nonzero": round(found.macs_nonzero),
+        "effective_density": found.effective_density,
+        "empty_layers": len(found.empty_layers),
+        "dead_channels": found.dead_channels,
+    }

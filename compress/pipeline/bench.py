@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.api import widths
 from compress.cost import Cost, count
+from compress.effective import mask_columns
 from compress.errors import RunError
 from compress.latency import compare, peak_memory
 from compress.network_file import load
@@ -30,8 +31,9 @@ def measure(job: Job, base: Base, entries: list[dict[str, Any]]) -> tuple[list[d
     rows = [_row(first, dense, dense, base, timed["dense"])]
     details: dict[str, Any] = {"dense": {"history": base.result["history"], "widths": {name: [n, n] for name, n in widths(base.model).items()}}}
     for entry in entries:
-        cost = count(networks[entry["name"]], job.prepared.example.to(job.dist.device))
-        rows.append(_row({"budget": job.config.prune.budget, **entry}, cost, dense, base, timed[entry["name"]]))
+        network, example = networks[entry["name"]], job.prepared.example.to(job.dist.device)
+        row = _row({"budget": job.config.prune.budget, **entry}, count(network, example), dense, base, timed[entry["name"]])
+        rows.append(row | mask_columns(network, example))
         details[entry["name"]] = {key: entry[key] for key in ("widths", "ranks", "history", "pinned", "coverage") if entry.get(key)}
     return rows, details
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress.effective import effective_masks, layer_macs, report
+from compress.effective import effective_masks, layer_macs, mask_columns, report
 from compress.masks import Masks, prune
 from tests.compress.saliency.networks import Residual, chain
 
@@ -129,3 +129,13 @@ def test_synflow_leaves_hardly_any_ineffective_weight():
         found[criterion] = report(masks, (3, 8, 8))
     assert found["synflow"].kept == found["random"].kept
     assert found["synflow"].effective == found["synflow"].kept > found["random"].effective
+
+
+def test_columns_for_results():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(32, 3))
+    assert mask_columns(model, torch.zeros(5, 3, 4, 4)) == {}
+    masks = Masks.attach(model, "conv")
+    masks.update({"0.weight": torch.tensor([True, False, False, False, False, False]).reshape(2, 3, 1, 1)})
+    expected = {"density": 1 / 6, "macs_nonzero": 16 + 96, "effective_density": 1 / 6, "empty_layers": 0, "dead_channels": 1}
+    assert mask_columns(model, torch.zeros(5, 3, 4, 4)) == expected
+    assert mask_columns(model, (torch.zeros(5, 3, 4, 4),)) == {"density": 1 / 6}
