@@ -144,8 +144,18 @@ class RankMethod:
         if self.kind.sides == 2:
             return lambda ranks: factor * min(at(rows, ranks[0]) + at(columns, ranks[1]), float(rows[0]))
         if self.name == "cp" and weight.ndim == 4:
-            return lambda ranks: factor * max(at(rows, ranks[0]), at(columns, ranks[0]))
+            rest = cp_bound(weight)
+            return lambda ranks: factor * at(rest, ranks[0])
         return lambda ranks: factor * at(rows, ranks[0])
+
+
+def cp_bound(weight: Tensor) -> Tensor:
+    """Squared error that a CP of rank R need not exceed, [number of terms + 1]: the SVD of the output mode gives matrices over (input channel,
+    offset), and theirs give orthonormal products of three vectors, of which the R largest are kept."""
+    _, s, v = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    inner = torch.linalg.svdvals(v.reshape(len(s), weight.shape[1], -1))
+    energy = (s[:, None] * inner).square().flatten().sort().values.cumsum(0).flip(0)
+    return torch.cat([energy, energy.new_zeros(1)])
 
 
 def _channel_spectrum(entry: LayerFactors, weight: Tensor) -> Spectrum:

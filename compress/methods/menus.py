@@ -2,7 +2,7 @@
 
 Symbols: W [o, c, kh, kw] or [o, c]; s singular values; tail_o(r), tail_c(r) energy of the output (input) mode beyond its r leading directions.
 Loss of rank r: svd tail(r), exact; Tucker-2 min(tail_o(r_o) + tail_c(r_c), all), an upper bound (De Lathauwer et al. 2000); CP
-max(tail_o(r), tail_c(r)), a lower bound. Unweighted losses are fractions of ||W||^2; K-FAC losses are 1/2 tail of the whitened
+the error of a nested SVD, an upper bound. Unweighted losses are fractions of ||W||^2; K-FAC losses are 1/2 tail of the whitened
 weight times the layer's scale, on one scale for the whole network.
 Costs are bilinear in the ranks, so that four counted blocks give all of them.
 """
