@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.config import FinetuneConfig
 from compress.data import DataBundle
@@ -60,10 +60,17 @@ class GradualConfig(Experiment):
     arms: list[str] = Field(list(ARMS), min_length=1, description="versus: arms to run; `gradual` is always among them")
     epochs: float = Field(12, ge=0, description="versus: training after each prune, in epochs; prunes: training in all")
     steps: int | None = Field(None, ge=1, description="the same in optimizer steps; overrides epochs")
+    measure: Literal["every", "last"] = Field("every", description="test accuracy after every prune and phase, or at the end of a run only")
     finetune: FinetuneConfig = Field(
         default_factory=lambda: FinetuneConfig(optimizer="adam", lr=1e-3, weight_decay=1e-4, schedule="constant"),
         description="training between and after prunes; epochs is not used",
     )
+
+    @model_validator(mode="after")
+    def _measured(self) -> GradualConfig:
+        if self.measure == "last" and (self.kind, self.path) != ("versus", "schedule"):
+            raise ValueError('measure "last" leaves intermediate targets unmeasured; it needs kind "versus" and path "schedule"')
+        return self
 
 
 class Study:
@@ -89,7 +96,16 @@ class Study:
         settings = self.settings
         batch = {"batch_size": settings.data.batch_size, "eval_batch_size": settings.data.eval_batch_size}
         return train_in_phases(
-            masks, data, settings.finetune, **batch, seed=seed, sparsities=sparsities, steps=steps, log=self.log, **options
+            masks,
+            data,
+            settings.finetune,
+            **batch,
+            seed=seed,
+            sparsities=sparsities,
+            steps=steps,
+            log=self.log,
+            every=settings.measure == "every",
+            **options,
         )
 
     def masks(self, model: Any) -> Masks:
@@ -170,7 +186,9 @@ class Study:
             found = {"gradual": path}
             for arm in self.settings.arms:
                 if arm != "gradual":
-                    found[arm] = self.folder.run(f"{arm}-{target:g}-s{seed}", arms[arm], self.log)["phases"]
+                    # The unpruned network's training depends on its length only.
+                    goal = f"{total}-steps" if arm == "dense_continued" else f"{target:g}"
+                    found[arm] = self.folder.run(f"{arm}-{goal}-s{seed}", arms[arm], self.log)["phases"]
             for arm, phases in found.items():
                 sums = {key: sum(phase[key] for phase in phases) for key in ("steps", "mac_steps")}
                 rows.append({"arm": arm, "target": target, "seed": seed} | phases[-1] | sums | {"phases": phases})
@@ -202,7 +220,12 @@ def figures(settings: GradualConfig, folder: RunFolder, rows: list[dict[str, Any
     seed = settings.seeds[0]
     phases = [row for row in rows if row["seed"] == seed and row["arm"] in ("gradual", f"{settings.prunes[0]} prunes")]
     phases = phases[-1]["phases"] if settings.kind == "versus" else phases
-    course = [point for p in phases for point in ((p["step"], p["accuracy_pruned"]), (p["step"] + p["steps"], p["accuracy"]))]
+    course = [
+        point
+        for p in phases
+        for point in ((p["step"], p["accuracy_pruned"]), (p["step"] + p["steps"], p["accuracy"]))
+        if point[1] is not None
+    ]
     marks = [p["step"] for p in phases]
     plots.lines(
         path / "course",

@@ -49,16 +49,20 @@ def train_in_phases(
     pruner: Pruner = by_magnitude,
     at_phase_end: Callable[[int], None] | None = None,
     log: Callable[[str], None] | None = None,
+    every: bool = True,
 ) -> list[dict[str, Any]]:
     """Prune to `sparsities[k]` (None: leave the masks) and train `steps[k]` steps, for every phase k; one record per phase.
 
-    All phases are one training: one optimizer, one learning-rate schedule over the sum of the steps, one order of the data.
+    All phases are one training: one optimizer, one learning-rate schedule over the sum of the steps, one order of the data. Without `every`
+    only the accuracy at the very end is measured (the others are None).
     """
     records: list[dict[str, Any]] = []
     ends = [sum(steps[: k + 1]) for k in range(len(steps))]
     done = 0
 
-    def test() -> float:
+    def test(wanted: bool) -> float | None:
+        if not wanted:
+            return None
         return evaluate(masks.model, data.test, eval_batch_size)["accuracy"]
 
     def begin(phase: int) -> None:
@@ -68,11 +72,11 @@ def train_in_phases(
         fraction = mac_fraction(masks, data.input_shape)
         records.append({
             "phase": phase, "sparsity": 1 - masks.density, "step": done, "steps": steps[phase], "mac_fraction": fraction,
-            "mac_steps": steps[phase] * fraction, "accuracy_pruned": test(),
+            "mac_steps": steps[phase] * fraction, "accuracy_pruned": test(every),
         })  # fmt: skip
 
     def end(phase: int) -> None:
-        records[phase]["accuracy"] = test()
+        records[phase]["accuracy"] = test(every or phase + 1 == len(steps))
         if at_phase_end is not None:
             at_phase_end(phase)
 

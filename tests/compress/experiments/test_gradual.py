@@ -77,6 +77,7 @@ def test_prunes_split_the_same_total(tmp_path):
         ("targets=[0.5, 0.4]", "non-decreasing list"),
         ("stepps=3", "did you mean 'steps'"),
         ('scope="bias"', "`scope`"),
+        ('measure="last"', "unmeasured"),
         ("seeds=[1, 1]", "same value twice"),
     ],
 )

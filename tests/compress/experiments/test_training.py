@@ -59,7 +59,7 @@ def test_no_steps_only_prunes():
     model = network()
     masks = Masks.attach(model)
     weight = model[5].weight.detach().clone()
-    records = phases(masks, [0.5], [0])
+    records = phases(masks, [0.5], [0], every=True)
     assert records[0]["accuracy"] == records[0]["accuracy_pruned"]
     assert torch.equal(model[5].weight, weight * masks["5.weight"])
 
@@ -77,3 +77,8 @@ def test_statistics():
     assert gap["difference"] == pytest.approx(-0.1)
     assert gap["interval"] == pytest.approx([-0.1 - 4.302653 * 0.1 / math.sqrt(3), -0.1 + 4.302653 * 0.1 / math.sqrt(3)], abs=1e-6)
     assert paired(rows[:1] + rows[3:4], "accuracy", "a")[0]["interval"] is None
+
+
+def test_only_the_last_accuracy_when_asked():
+    first, second = (phases(Masks.attach(network()), [0.3, 0.6], [2, 2], every=every) for every in (True, False))
+    assert [(r["accuracy_pruned"], r["accuracy"]) for r in second] == [(None, None), (None, first[1]["accuracy"])]
