@@ -41,4 +41,6 @@ class ChannelMethod:
         removed = allocate(
             context.graph, state, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to,
             original=context.original[("params", "macs").index(next(iter(budget)))] if context.original else None)
+        if getattr(self.criterion, "compensates", False):
+            self.criterion.compensate(context.graph, model, removed, context.batches, context.generator.clone_state(), **context.options)
         return Plan(steps=[context.graph.prune(model, removed, verify=context.verify)])

@@ -68,7 +68,8 @@ class ImprovedMethod(EigenDamageMethod):
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """The cut of one cycle, in place; what growth will draw from is kept in the plan."""
         cycle, before = CycleState(), blocks(model)
-        cut(model, context.batches, self.options(context.options), cycle, context.generator, context.exclude, needed(context, budget))
+        # A copy of the generator, so that one ratio does not depend on the ratios before it.
+        cut(model, context.batches, self.options(context.options), cycle, context.generator.clone_state(), context.exclude, needed(context, budget))
         return Plan([factorize_step(before, model)], {"grow": {"shares": cycle.shares, "removed": cycle.removed}})
 
     def regrow(self, model: nn.Module, context: Context, meta: dict[str, Any]) -> Plan:
