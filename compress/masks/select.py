@@ -37,7 +37,8 @@ def lowest(values: Tensor, count: int) -> Tensor:
         return marked
     if count >= len(values):
         return ~marked
-    edge = values.kthvalue(count).values
+    # kthvalue is refused on a GPU in deterministic mode, for its index; sorting gives the same value.
+    edge = values.kthvalue(count).values if values.device.type == "cpu" else values.sort().values[count - 1]
     marked |= values < edge
     ties = (values == edge).nonzero().flatten()
     marked[ties[: count - int(marked.sum())]] = True
