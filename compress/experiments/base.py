@@ -92,10 +92,17 @@ def data_of(settings: Experiment, seed: int) -> DataBundle:
 
 
 def fresh_model(settings: Experiment, data: DataBundle, seed: int) -> nn.Module:
-    """The network with initial weights of this seed; the global random state is not changed."""
+    """The network with initial weights of this seed; the global random state is not changed.
+
+    A network with the option `image_size` is built for the data set's images where the option is not given.
+    """
+    models, name = own("models"), settings.model.name
+    options = dict(settings.model.options)
+    if "image_size" in models.info(name, **options).options:
+        options.setdefault("image_size", data.input_shape[1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = own("models").build(settings.model.name, data.num_classes, data.input_shape[0], **settings.model.options)
+        model = models.build(name, data.num_classes, data.input_shape[0], **options)
     return model.to(device_of(settings))
 
 

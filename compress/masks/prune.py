@@ -17,8 +17,8 @@ from compress.schedule import targets
 
 
 def inverted(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Negated scores: the highest is removed first (an ablation)."""
-    return {name: -score for name, score in scores.items()}
+    """Negated scores: the highest is removed first (an ablation); protected weights (+inf) stay protected."""
+    return {name: torch.where(score == torch.inf, score, -score) for name, score in scores.items()}
 
 
 def prune(
