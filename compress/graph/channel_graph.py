@@ -65,6 +65,13 @@ class ChannelGraph:
         """Constants of the program that the trace had to guess about."""
         return self._trace.assumptions
 
+    def at_line_of(self, call: int) -> list[ChannelGroup]:
+        """Prunable groups whose channels reach the program's line that makes call number `call` (from 1)."""
+        line = self._trace.history[call - 1][0]
+        arrays = [atoms for other, reached in self._trace.history if other == line for atoms in reached]
+        classes = self.component_of(arrays) if arrays else np.zeros(0, np.int64)
+        return [group for group in self.groups if group.prunable and np.isin(group.components, classes).any()]
+
     def component_of(self, atoms: list[Array]) -> Array:
         """The classes of some atoms."""
         return np.unique(self._component[np.concatenate(atoms)])

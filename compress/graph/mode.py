@@ -7,6 +7,7 @@ rule pins every label that reaches it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ class Call:
         return [leaf for leaf in tree_leaves(self.out) if isinstance(leaf, Tensor)]
 
 
-_OWN = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
 def program_line() -> str:
@@ -80,6 +81,7 @@ def program_line() -> str:
 class Trace:
     """What is known while the network runs: labels of live tensors, atoms, costs, module attributes, guesses.
 
+    `history` holds the program's line and the label arrays that reached it for every call.
     `choices` maps a site (the running number of the call, and of the guess within it) to the option taken there.
     """
 
@@ -92,6 +94,7 @@ class Trace:
         self.grouped: dict[str, str] = {}
         self.stack: list[tuple[str, nn.Module]] = []
         self.calls = self._guesses = 0
+        self.history: list[tuple[str, list[Array]]] = []
         self.touched: set[str] = set()
         self._tensors = WeakTensorKeyDictionary()
 
@@ -113,8 +116,9 @@ class Trace:
         return None if not sources or any(source is None for source in sources) else next((s for s in sources if s), "")
 
     def where(self, call: Call) -> str:
-        """The operator and the module it runs in, for reasons."""
-        return f"aten.{call.op} in {self.stack[-1][0]}" if self.stack and self.stack[-1][0] else f"aten.{call.op}"
+        """The operator, the module it runs in and the program's line, for reasons."""
+        module = self.stack[-1][0] if self.stack else ""
+        return f"aten.{call.op}{f' in {module}' if module else ''}, {self.history[-1][0]}"
 
     def pin(self, labels: Labels, reason: str) -> None:
         """Pins every label of a tensor."""
@@ -137,7 +141,7 @@ class Trace:
         self._guesses += 1
         site = (self.calls, self._guesses)
         choice = min(self.choices.get(site, 0), options - 1)
-        self.assumptions.append(Assumption(site, options, choice, self.where(call), program_line(), atoms))
+        self.assumptions.append(Assumption(site, options, choice, self.where(call), self.history[-1][0], atoms))
         return choice
 
     def module(self, *classes: type) -> tuple[str, nn.Module] | None:
@@ -147,7 +151,9 @@ class Trace:
     def apply(self, call: Call) -> None:
         """Runs the rule of one call."""
         self.calls, self._guesses = self.calls + 1, 0
-        self.touched.update(source for tensor in call.tensors() if (source := self.of(tensor).source))
+        reached = [self.of(tensor) for tensor in call.tensors()]
+        self.history.append((program_line(), [atoms for labels in reached for atoms in labels.dims.values()]))
+        self.touched.update(labels.source for labels in reached if labels.source)
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in call.func.tags:
             function = RULES["pointwise"]

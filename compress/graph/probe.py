@@ -23,6 +23,9 @@ from compress.graph.verify import LastOperator, Verdict, one_line
 from compress.surgery import apply_prune
 
 
+FEW = 4
+
+
 def failing(groups: list[ChannelGroup], fits: Callable[[list[ChannelGroup]], Verdict], verdicts: dict[ChannelGroup, Verdict],
             base: list[ChannelGroup] | None = None) -> list[ChannelGroup]:
     """Bisects: fills `verdicts` with the groups that cannot be cut (beside those in `base`), and returns those that can."""
@@ -53,11 +56,14 @@ def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> tuple[
     """Groups whose removal makes `model` (a copy, on the meta device where possible) fail or change its output shapes.
 
     Where the run stops at an operator whose constants were guessed, the guesses made on that line of the program are returned instead.
+    Where it stops at another line that more than `FEW` groups reach (a block that the network repeats), all of these are taken for failing;
+    fewer are told apart by bisection.
     """
     expected = shapes_of(model, inputs)
     removals = sample(group for group in graph.groups if group.prunable)
 
     suspects: list[Assumption] = []
+    stops: list[int] = []
 
     def fits(groups: list[ChannelGroup]) -> Verdict:
         undo = apply_prune(model, graph.step({group: removals[group] for group in groups}))
@@ -66,6 +72,7 @@ def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> tuple[
             with last:
                 got = shapes_of(model, inputs)
         except Exception as error:
+            stops.append(last.calls)
             here = {(a.line, a.choice) for a in graph.assumptions if a.site[0] == last.calls}
             suspects.extend(a for a in graph.assumptions if (a.line, a.choice) in here and a.choice < a.options - 1)
             return Verdict(float("inf"), None, f"{last.name} does not follow: {one_line(error)}")
@@ -74,10 +81,16 @@ def probe_shapes(graph: ChannelGraph, model: nn.Module, inputs: tuple) -> tuple[
         return Verdict(0.0, None, "" if got == expected else "the output would change its shape")
 
     verdicts: dict[ChannelGroup, Verdict] = {}
-    if removals and not fits(list(removals)) and not suspects:
-        failing(list(removals), fits, verdicts)
-        suspects.clear()
-    return verdicts, suspects
+    rest = list(removals)
+    while rest and not (verdict := fits(rest)) and not suspects:
+        culprits = [group for group in graph.at_line_of(stops.pop()) if group in rest] if stops else []
+        if len(culprits) <= FEW:
+            failing(rest, fits, verdicts)
+            suspects.clear()
+            break
+        verdicts.update(dict.fromkeys(culprits, verdict))
+        rest = [group for group in rest if group not in verdicts]
+    return verdicts, suspects if not verdicts else []
 
 
 def probe_values(graph: ChannelGraph, model: nn.Module) -> dict[ChannelGroup, Verdict]:

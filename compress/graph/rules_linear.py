@@ -28,7 +28,7 @@ def contract(trace: Trace, call: Call, first: tuple[Tensor, Array | None], secon
             trace.atoms.pin(labels, f"product of two activations ({trace.where(call)})")
     else:
         trace.atoms.join(la, lb)
-        trace.atoms.contracted += [labels for labels, weight in ((la, weight_a), (lb, weight_b)) if weight]
+        trace.atoms.contracted.append(lb if weight_b else la)  # of two products of parameters, zeroing one is enough
 
 
 def produce(trace: Trace, tensor: Tensor, atoms: Array | None) -> None:

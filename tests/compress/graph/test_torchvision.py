@@ -21,7 +21,7 @@ def fill(model: nn.Module, generator: torch.Generator) -> nn.Module:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point():
                 if tensor.dim() > 1:
-                    tensor.normal_(0, 1.4 / math.sqrt(max(1, tensor[0].numel())), generator=generator)
+                    tensor.normal_(0, 1 / math.sqrt(max(1, tensor[0].numel())), generator=generator)
                 elif name.endswith(("running_var", "weight")):
                     tensor.uniform_(0.5, 1.5, generator=generator)
                 else:
@@ -55,11 +55,13 @@ def check(name: str, side: int) -> None:
             squares = sum(parameters[m.parameter].detach().movedim(m.dim, 0).flatten(1).square().sum(1)[m.indices].sum(1) for m in group.members if m.role == "out")
             removals[group] = squares.argsort()[:group.size // 2]
     assert removals
-    dense, expected = outputs(model, x), outputs(masked(model, removals), x)
+    dense, reference = outputs(model, x), masked(model, removals)
+    expected = outputs(reference, x)
     graph.prune(model, removals, verify=False)
     got = outputs(model, x)
     assert distance(dense, got) > 1e-4
-    assert distance(expected, got) <= 1e-5
+    if distance(expected, got) > 1e-5:  # very deep random networks amplify float32 rounding
+        assert distance(outputs(reference.double(), x.double()), outputs(model.double(), x.double())) <= 1e-10
     left = {group.name: torch.arange(group.size - len(gone)) for group, gone in removals.items()}
     assert graph.count(left)[0] == sum(parameter.numel() for parameter in model.parameters())
 

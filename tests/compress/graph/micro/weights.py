@@ -143,3 +143,10 @@ def spectral_norm():
 @case(free="a")
 def prune_masks():
     return Net(lambda m, x: m.c(F.relu(m.a(x))), a=prune.random_unstructured(conv(3, 8), "weight", 0.5), c=prune.random_unstructured(conv(8, 4), "weight", 0.5))
+
+
+@case(free="a h")
+def position_bias_from_a_small_network():
+    """A bias that layers compute from a table of coordinates, without the input."""
+    return Net(lambda m, x: m.c(F.relu(m.a(x) + m.o(F.relu(m.h(m.table))).T.unflatten(1, (6, 6)))), a=conv(3, 8), table=torch.rand(36, 2),
+               h=nn.Linear(2, 10), o=nn.Linear(10, 8), c=conv(8, 4))
