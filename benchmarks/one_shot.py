@@ -1,0 +1,140 @@
+"""One-shot accuracy: every method on published CIFAR-10 ResNets at fixed MAC budgets, no fine-tuning, BatchNorm recalibrated.
+
+    python -m benchmarks.one_shot --data CIFAR_ROOT --weights FOLDER [--networks resnet56] [--methods l1 kfac_tucker] [--rivals] [--out FILE]
+
+FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. With --rivals
+Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter. Results are kept row by row, so that
+an interrupted benchmark continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compress.api import compress
+from compress.config import DataConfig
+from compress.cost import count
+from compress.data import load_data
+from compress.errors import CompressError
+from compress.files import write_json
+from compress.methods import method, names
+from compress.train import evaluate, recalibrate
+from models import build, load_weights
+
+NETWORKS = ("resnet20", "resnet32", "resnet56")
+SPEEDUPS = (1.5, 2.11)
+IMAGES, BATCH = 2048, 128
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+STEPS = 400  # of the rival's iterative pruning: fine enough to stop near the target
+
+
+def channel_and_low_rank() -> list[str]:
+    """Every method that takes a budget of MACs."""
+    return [name for name in names() if "macs" in method(name).budgets]
+
+
+def ours(model: nn.Module, name: str, target: float, batches: list[Any], example: torch.Tensor) -> nn.Module:
+    """The network compressed by our method `name` to 1/target of its MACs, recalibrated."""
+    return compress(model, example, batches, method=name, budget={"macs": 1 - 1 / target})[0]
+
+
+RIVALS = ("tp_l1", "tp_l2", "tp_taylor", "tp_hessian")
+
+
+def rival(model: nn.Module, name: str, target: float, batches: list[Any], example: torch.Tensor) -> nn.Module:
+    """The network pruned by Torch-Pruning's criterion, globally and step by step until the target is passed, recalibrated."""
+    import torch_pruning as tp
+
+    importance = {
+        "tp_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1), "tp_l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "tp_taylor": tp.importance.GroupTaylorImportance, "tp_hessian": tp.importance.GroupHessianImportance,
+    }[name]()
+    result = copy.deepcopy(model).eval()
+    total = count(model, example).macs
+    heads = [module for module in result.modules() if isinstance(module, nn.Linear)]
+    pruner = tp.pruner.BasePruner(result, example, importance=importance, global_pruning=True, pruning_ratio=0.9, iterative_steps=STEPS, ignored_layers=heads)
+    if name == "tp_taylor":
+        for x, y in batches[: 1024 // BATCH]:
+            F.cross_entropy(result(x), y).backward()
+    if name == "tp_hessian":
+        for x, y in batches[: 256 // BATCH]:
+            losses = F.cross_entropy(result(x), y, reduction="none")
+            for loss in losses:
+                result.zero_grad()
+                loss.backward(retain_graph=True)
+                importance.accumulate_grad(result)
+    for _ in range(STEPS):
+        # Gradients are of the network before any cut, and are sliced along with the weights.
+        pruner.step()
+        if total / count(result, example).macs >= target:
+            break
+    recalibrate(result, batches)
+    return result
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One result per network, method and speed-up, yielded as it is measured."""
+    data = load_data(DataConfig(name="cifar10", root=arguments.data, mean=MEAN, std=STD, val_fraction=0.0), seed=0, device=arguments.device)
+    batches = data.calibration(IMAGES, BATCH, torch.Generator().manual_seed(0))
+    example = torch.zeros(1, 3, 32, 32, device=arguments.device)
+    for network in arguments.networks:
+        model = build(network, 10)
+        load_weights(model, Path(arguments.weights) / f"{network}_cifar10.safetensors")
+        model = model.to(arguments.device).eval()
+        base = count(model, example)
+        todo = [("dense", 1.0)] + [(name, speedup) for name in arguments.methods + (list(RIVALS) if arguments.rivals else []) for speedup in SPEEDUPS]
+        for name, speedup in todo:
+            row = {"network": network, "method": name, "target": speedup}
+            if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
+                continue
+            torch.manual_seed(0)
+            started = time.perf_counter()
+            try:
+                small = model if name == "dense" else (rival if name in RIVALS else ours)(model, name, speedup, batches, example)
+            except CompressError as error:
+                yield row | {"error": str(error)}
+                continue
+            seconds = time.perf_counter() - started
+            cost = count(small, example)
+            yield row | {"accuracy": evaluate(small, data.test, 500)["accuracy"], "macs": cost.macs, "params": cost.params,
+                         "speedup_macs": base.macs / cost.macs, "params_removed": 1 - cost.params / base.params, "seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    """Run what is missing in the results file and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--methods", nargs="+", default=None)
+    parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "one_shot.json")
+    arguments = parser.parse_args()
+    arguments.methods = channel_and_low_rank() if arguments.methods is None else arguments.methods
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    arguments.known = stored["rows"]
+    machine = torch.cuda.get_device_name() if arguments.device != "cpu" else platform.processor() or platform.machine()
+    for row in rows(arguments):
+        stored["rows"].append(row)
+        stored |= {"machine": machine, "torch": torch.__version__, "calibration_images": IMAGES}
+        write_json(arguments.out, stored)
+        print(" ".join(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
