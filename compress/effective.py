@@ -33,7 +33,6 @@ _ADAPTIVE_MAX_POOLS = {
     F.adaptive_max_pool2d: F.adaptive_avg_pool2d,
     F.adaptive_max_pool3d: F.adaptive_avg_pool3d,
 }
-_NORMS = {F.layer_norm, F.group_norm, F.instance_norm}
 
 
 class _Cut(torch.autograd.Function):
@@ -59,8 +58,6 @@ class _PathFlow(PositiveFlow):
             return _average(func, args, kwargs or {})
         if func in _ADAPTIVE_MAX_POOLS:
             return _ADAPTIVE_MAX_POOLS[func](*args[:2])
-        if func in _NORMS:
-            return args[0]
         return super().__torch_function__(func, types, args, kwargs)
 
     def weighted(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:

@@ -1,9 +1,10 @@
 """The network as a positive linear map: the substitutions under which synaptic flow and path counts are defined.
 
 While `PositiveFlow` is active, convolutions and linear layers run without bias, and BatchNorm is the plain scale
-|gamma| / sqrt(var + eps) per channel. With non-negative weights and inputs all activations are then non-negative, ReLU is the
-identity, and the output is homogeneous of degree 1 in every layer. Source: Tanaka et al. 2020, arXiv:2006.05467, section 4; folding
-the normalisation keeps the homogeneity for trained networks too, where taking absolute values of the running mean would break it.
+|gamma| / sqrt(var + eps) per channel (norms that use the data's own statistics: |gamma|). With non-negative weights
+and inputs all activations are then non-negative, ReLU is the identity, and the output is homogeneous of degree 1 in every layer. Source:
+Tanaka et al. 2020, arXiv:2006.05467, section 4; folding the normalisation keeps the homogeneity for trained networks too, where taking
+absolute values of the running mean would break it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,23 @@ _CONVOLUTIONS = {
 }  # fmt: skip
 _LINEAR = {F.linear, torch._C._nn.linear}
 WEIGHTED = _CONVOLUTIONS | _LINEAR
+# Norms that take their statistics from the data, with the position of gamma among their arguments.
+_DATA_NORMS = {F.layer_norm: 2, F.group_norm: 2, F.instance_norm: 3}
 
 
 def without_bias(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments of a convolution or linear call, with the bias (third argument) left out."""
     return (*args[:2], None, *args[3:]) if len(args) > 2 else args, {**kwargs, "bias": None} if "bias" in kwargs else kwargs
+
+
+def _data_norm(func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """x * |gamma|: normalisation by the data's own statistics has no positive linear counterpart but its scale."""
+    x, place = args[0], _DATA_NORMS[func]
+    weight = args[place] if len(args) > place else kwargs.get("weight")
+    if weight is None:
+        return x
+    # layer_norm scales the last dimensions, the others the channels.
+    return x * (weight.abs() if func is F.layer_norm else weight.abs().view(1, -1, *[1] * (x.dim() - 2)))
 
 
 class PositiveFlow(TorchFunctionMode):
@@ -46,6 +59,8 @@ class PositiveFlow(TorchFunctionMode):
             return self.weighted(func, args, kwargs)
         if func is F.batch_norm:
             return self.scale(*args, **kwargs)
+        if func in _DATA_NORMS:
+            return _data_norm(func, args, kwargs)
         return func(*args, **kwargs)
 
     def weighted(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:

@@ -91,3 +91,20 @@ def test_flow_beyond_float64_is_rescaled_or_refused():
         layer.weight.data.fill_(2.0**300)
     with pytest.raises(RunError, match="range of float64"):
         scores_of(model, (1,))
+
+
+def test_other_norms_are_scales():
+    # Layer, group and instance norm: the flow through them is |gamma| times what enters, so that layers still share one total.
+    generator = torch.Generator().manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 2),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    sums = [
+        float(score.sum())
+        for score in scores_of(model, names=["0.weight", "1.weight", "3.weight", "4.weight", "7.weight", "8.weight"]).values()
+    ]
+    assert max(sums) / min(sums) - 1 < 1e-12 and min(sums) > 0

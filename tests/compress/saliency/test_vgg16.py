@@ -1,4 +1,4 @@
-"""Oracles: published MAC fractions and counts of the study's VGG-16 (without BatchNorm, kaiming-normal), and the conservation laws on it."""
+"""Oracles: published MAC fractions and counts of the study's VGG-16 (no BatchNorm, kaiming-normal), and the conservation laws on it."""
 
 from itertools import pairwise
 
