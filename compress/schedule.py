@@ -88,8 +88,8 @@ def step_rates(sparsities: Sequence[float], start: float = 0.0) -> list[float]:
 def learning_rate(name: str, t: float, **options: float | Sequence[float]) -> float:
     """Factor on the peak learning rate at progress `t` in [0, 1].
 
-    `constant`; `multistep` (milestones, gamma); `cosine` (final: the last factor); `one_cycle` (warm-up share `pct_start` from 1/div, then down
-    to 1/(div * final_div), both along a cosine: Smith 2018, arXiv:1803.09820).
+    `constant`; `multistep` (milestones, gamma); `cosine` (final: the last factor); `one_cycle` (warm-up share `pct_start` from
+    1/div, then down to 1/(div * final_div), both along a cosine: Smith 2018, arXiv:1803.09820).
     """
     t = min(max(t, 0.0), 1.0)
     if name == "constant":
