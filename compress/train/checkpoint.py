@@ -7,7 +7,6 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import RunError, UserError
+from compress.files import write_bytes
 
 _FORMAT = 1
 
@@ -31,31 +31,6 @@ def digest(tensors: dict[str, Tensor]) -> str:
         total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return total.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` so that it is complete after a power cut, or as it was before; raises `RunError` where the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunError(f"The file {path} could not be written: {error.strerror or error}.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def encode(tensors: dict[str, Tensor], state: dict[str, Any]) -> bytes:
@@ -100,7 +75,10 @@ class Checkpoints:
             except OSError as error:
                 raise RunError(f"The file {self.path} could not be renamed: {error.strerror or error}.") from error
         self._current_is_whole = False
-        write_atomically(self.path, data)
+        try:
+            write_bytes(self.path, data)
+        except OSError as error:
+            raise RunError(f"The file {self.path} could not be written: {error.strerror or error}.") from error
         self._current_is_whole = True
 
     def load(self) -> tuple[bytes, str | None] | None:
