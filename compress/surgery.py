@@ -42,10 +42,12 @@ def _checked(model: nn.Module, slices: Mapping[str, Mapping[Any, list[int]]]) ->
     found = {}
     for name, given in slices.items():
         if name not in tensors:
-            raise UserError(f"The plan removes channels of {name!r}, which this network does not have; apply it to a freshly built, uncompressed network.")
+            raise UserError(f"The plan removes channels of {name!r}, which this network does not have; "
+                            "apply it to a freshly built, uncompressed network.")
         shape, dims = tuple(tensors[name].shape), {int(dim): list(indices) for dim, indices in given.items()}
         for dim, indices in dims.items():
-            if not 0 <= dim < len(shape) or not indices or len(set(indices)) != len(indices) or min(indices) < 0 or max(indices) >= shape[dim]:
+            known = 0 <= dim < len(shape) and all(0 <= index < shape[dim] for index in indices)
+            if not known or not indices or len(set(indices)) != len(indices):
                 raise UserError(f"The plan removes indices of dimension {dim} of {name!r} that its shape {list(shape)} does not have; "
                                 "apply it to a freshly built, uncompressed network.")
             if len(indices) == shape[dim]:
@@ -67,21 +69,20 @@ def apply_prune(model: nn.Module, step: Step) -> Undo:
                 raise UserError(f"The plan sets {attribute!r} of module {name!r}, which this network does not have.")
     new = {name: cut(tensor, dims) for name, (tensor, dims) in work.items()}
     before = [(tensor, tensor.data, tensor.grad) for tensor, _ in work.values()]
-    old = [(modules[name], attribute, getattr(modules[name], attribute)) for name, values in step["attributes"].items() for attribute in values]
+    old = [(modules[name], attribute, getattr(modules[name], attribute), value)
+           for name, values in step["attributes"].items() for attribute, value in values.items()]
 
     def undo() -> None:
         for tensor, data, grad in before:
             tensor.data, tensor.grad = data, grad
-        for module, attribute, value in old:
+        for module, attribute, value, _ in old:
             setattr(module, attribute, value)
 
     try:
         for name, (tensor, _) in work.items():
             tensor.grad = None
             tensor.data = new[name]
-        for module, attribute, value in old:
-            name = next(key for key, candidate in modules.items() if candidate is module)
-            given = step["attributes"][name][attribute]
+        for module, attribute, value, given in old:
             setattr(module, attribute, tuple(given) if isinstance(value, tuple) else given)
     except BaseException:
         undo()

@@ -48,10 +48,11 @@ class ChannelGraph:
     """
 
     def __init__(self, skeleton: nn.Module, inputs: tuple, trace: Trace, groups: list[ChannelGroup], component: Array,
-                 reasons: dict[int, str], parameters: dict[str, tuple[tuple[int, ...], dict[int, Array]]], trainable: set[str], batch: int) -> None:
+                 reasons: dict[int, str], tensors: dict[str, tuple[tuple[int, ...], dict[int, Array]]], trainable: set[str],
+                 batch: int) -> None:
         self.groups = groups
         self._skeleton, self._inputs, self._trace, self._component, self._batch = skeleton, inputs, trace, component, batch
-        self._reasons, self._tensors, self._trainable = reasons, parameters, trainable
+        self._reasons, self._tensors, self._trainable = reasons, tensors, trainable
         self._counter: Counter | None = None
 
     def _counting(self) -> Counter:
@@ -83,7 +84,8 @@ class ChannelGraph:
 
     def free(self, atoms: list[Array]) -> bool:
         """Whether any of these atoms may be removed."""
-        return bool(np.isin(self.component_of(atoms), np.concatenate([np.zeros(0, np.int64), *(g.components for g in self.groups if g.prunable)])).any())
+        prunable = np.concatenate([np.zeros(0, np.int64), *(group.components for group in self.groups if group.prunable)])
+        return bool(np.isin(self.component_of(atoms), prunable).any())
 
     @property
     def _costs(self) -> list[Cost]:
@@ -152,7 +154,8 @@ class ChannelGraph:
                 raise UserError(f"Channel group {name!r} cannot be pruned: {group.reason}.")
             unique = channels.unique()
             if len(unique) != len(channels) or unique[0] < 0 or unique[-1] >= group.size:
-                raise UserError(f"Channels to remove from group {name!r} must be different numbers from 0 to {group.size - 1}, got {channels.tolist()}.")
+                raise UserError(f"Channels to remove from group {name!r} must be different numbers from 0 to {group.size - 1}, "
+                                f"got {channels.tolist()}.")
             if len(unique) == group.size:
                 raise UserError(f"All {group.size} channels of group {name!r} would be removed; at least one must stay.")
             found[group] = unique  # type: ignore[assignment]
@@ -189,7 +192,8 @@ class ChannelGraph:
             left = int((~gone[self._component[count.atoms]]).sum())
             if left != getattr(modules[count.module], count.attribute):
                 attributes.setdefault(count.module, {})[count.attribute] = left
-        return {"kind": "prune", "slices": {n: {str(d): i for d, i in dims.items()} for n, dims in slices.items()}, "attributes": attributes}
+        as_json = {name: {str(dim): indices for dim, indices in dims.items()} for name, dims in slices.items()}
+        return {"kind": "prune", "slices": as_json, "attributes": attributes}
 
     def to_plan(self, removals: Removals, meta: dict[str, Any] | None = None) -> Plan:
         """The plan with one step that removes these channels."""

@@ -22,7 +22,10 @@ from compress.graph.records import Cost
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-accumulates of one weight for one example: `macs` of the layer as it is, `shape` of the weight [c_out, c_in / groups, ...]."""
+    """Multiply-accumulates of one weight for one example.
+
+    `macs` of the layer as it is, `shape` of the weight ([c_out, c_in / groups, ...] for a convolution).
+    """
 
     weight: str
     macs: int
@@ -39,8 +42,8 @@ class Counter:
     costs: operations of the whole example batch; totals are divided by `batch`.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], component: Array, parameters: Mapping[str, tuple[tuple[int, ...], Mapping[int, Array]]],
-                 costs: Sequence[Cost], batch: int) -> None:
+    def __init__(self, groups: Sequence[ChannelGroup], component: Array,
+                 parameters: Mapping[str, tuple[tuple[int, ...], Mapping[int, Array]]], costs: Sequence[Cost], batch: int) -> None:
         self._groups = {group.name: (position, group.size) for position, group in enumerate(groups)}
         number = int(component.max()) + 1 if len(component) else 0
         self._component, self._batch = component, batch
@@ -90,7 +93,8 @@ class Counter:
             units.append(unit)
             rows.append(row)
         width = max((len(row) for row in rows), default=1) or 1
-        return np.array(units, dtype=np.int64), np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int64).reshape(-1, width)
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        return np.array(units, dtype=np.int64), np.array(padded, dtype=np.int64).reshape(-1, width)
 
     def count(self, keep: Mapping[str, Tensor]) -> tuple[int, int]:
         """(parameters, MACs) where group `name` keeps the channels `keep[name]`; groups that are not named keep all."""

@@ -60,9 +60,8 @@ def _grouped(trace: Trace, call: Call, x: Tensor, weight: Tensor, out: torch.Ten
         way = "pin"
     where = trace.where(call)
     if xs is None or way == "pin":
-        reason = f"grouped convolution of a fixed input ({where})" if xs is None else f"grouped convolution with a fixed group count ({where})"
         for labels in touched:
-            atoms.pin(labels, reason)
+            atoms.pin(labels, f"grouped convolution {'of a fixed input' if xs is None else 'with a fixed group count'} ({where})")
         if transposed:
             return None if w1 is None else np.tile(w1, groups)
         return w0

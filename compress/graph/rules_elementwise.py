@@ -60,7 +60,8 @@ def same(trace: Trace, call: Call) -> None:
             trace.set(out, labels.dims, labels.source if labels.source is not None or not constant else None)
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor")
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided",
+      "scalar_tensor")
 def factory(trace: Trace, call: Call) -> None:
     """A tensor that is the same everywhere: every dimension may follow whatever it meets."""
     for out in call.outputs():

@@ -16,8 +16,8 @@ from compress.graph.records import Cost, Count
 from compress.graph.rules_elementwise import pointwise
 
 
-@rule("mean", "sum", "prod", "amax", "amin", "max", "min", "aminmax", "argmax", "argmin", "any", "all", "std", "var", "var_mean", "std_mean",
-      "logsumexp", "linalg_vector_norm", "norm", "median", "nanmean", "nansum", "mode", "count_nonzero")
+@rule("mean", "sum", "prod", "amax", "amin", "max", "min", "aminmax", "argmax", "argmin", "any", "all", "std", "var", "var_mean",
+      "std_mean", "logsumexp", "linalg_vector_norm", "norm", "median", "nanmean", "nansum", "mode", "count_nonzero")
 def reduce(trace: Trace, call: Call) -> None:
     """Reduced dimensions are mixed, the others pass."""
     if call.has("other"):
@@ -26,7 +26,8 @@ def reduce(trace: Trace, call: Call) -> None:
     tensor = call["self"]
     labels, ndim = trace.of(tensor), tensor.dim()
     given = call["dim"] if call.has("dim") else None
-    reduced = set(range(ndim)) if given is None or given == [] else {d % max(ndim, 1) for d in ([given] if isinstance(given, int) else given)}
+    named = range(ndim) if given is None or given == [] else [given] if isinstance(given, int) else given
+    reduced = {dim % max(ndim, 1) for dim in named}
     for dim in reduced:
         trace.atoms.pin(labels.dims.get(dim), f"mixes the channels ({trace.where(call)})")
     keep = bool(call["keepdim"]) if call.has("keepdim") else False
@@ -35,7 +36,8 @@ def reduce(trace: Trace, call: Call) -> None:
         trace.set(out, {new: labels.dims.get(old) for new, old in enumerate(left) if old not in reduced}, labels.source)
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "cummax", "cummin", "kthvalue")
+@rule("_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "cummax", "cummin",
+      "kthvalue")
 def mix(trace: Trace, call: Call) -> None:
     """Entries along `dim` depend on each other."""
     tensor = call["self"]
@@ -43,7 +45,8 @@ def mix(trace: Trace, call: Call) -> None:
     trace.atoms.pin(labels.dims.get(dim), f"mixes the channels ({trace.where(call)})")
     for out in call.outputs():
         if out.dim() == tensor.dim():
-            trace.set(out, {other: atoms for other, atoms in labels.dims.items() if other != dim or out.shape[dim] == len(atoms)}, labels.source)
+            kept = {other: atoms for other, atoms in labels.dims.items() if other != dim or out.shape[dim] == len(atoms)}
+            trace.set(out, kept, labels.source)
 
 
 @rule("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -119,13 +122,14 @@ def _spatial(name: str) -> int:
     return next(int(digit) for digit in "321" if f"{digit}d" in name)
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max_pool3d", "max_pool1d",
-      "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "mkldnn_max_pool2d",
-      "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_max_pool1d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "max_pool3d",
+      "max_pool1d", "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool2d",
+      "adaptive_avg_pool3d", "mkldnn_max_pool2d", "adaptive_max_pool2d", "adaptive_max_pool3d", "adaptive_max_pool1d",
+      "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
       "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d",
-      "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d", "grid_sampler_3d",
-      "max_unpool2d", "max_unpool3d", "fractional_max_pool2d")
+      "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "grid_sampler_2d",
+      "grid_sampler_3d", "max_unpool2d", "max_unpool3d", "fractional_max_pool2d")
 def pool(trace: Trace, call: Call) -> None:
     """Channels pass, the last one to three dimensions are spatial."""
     tensors = call.tensors()

@@ -40,9 +40,10 @@ def view(trace: Trace, call: Call) -> None:
     dims: dict[int, Array | None] = {}
     if labels.dims and out.numel():
         for ins, outs in regroup(tuple(tensor.shape), tuple(out.shape)):
+            before, after = [tensor.shape[dim] for dim in ins], [out.shape[dim] for dim in outs]
             for dim in ins:
                 if dim in labels.dims:
-                    at, atoms = _through(trace, call, labels.dims[dim], ins.index(dim), [tensor.shape[d] for d in ins], [out.shape[d] for d in outs])
+                    at, atoms = _through(trace, call, labels.dims[dim], ins.index(dim), before, after)
                     if atoms is None:
                         continue
                     dims[outs[at]] = _one_of(trace, call, dims.get(outs[at]), atoms)

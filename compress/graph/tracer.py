@@ -175,8 +175,8 @@ def _once(runnable: nn.Module, skeleton: nn.Module, arguments: tuple, inputs: tu
                 state.atoms.pin(atoms, "is overwritten while the network runs")
     parameters = dict(runnable.named_parameters())
     groups, component, reasons = solve(state.atoms, list(tensors))
-    first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0), None)
-    return ChannelGraph(skeleton, inputs, state, groups, component, reasons, owned, set(parameters), max(1, len(first)) if first is not None else 1)
+    batch = next((len(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf)), 1)
+    return ChannelGraph(skeleton, inputs, state, groups, component, reasons, owned, set(parameters), batch)
 
 
 def _watch(model: nn.Module, arguments: tuple, state: Trace) -> None:

@@ -119,7 +119,8 @@ def _judge(expected: list[torch.Tensor], got: list[torch.Tensor], dtype: torch.d
         worst = max(worst, difference / scale if scale > 0 else (float("inf") if difference > 0 else 0.0))
     if worst <= TOLERANCE[dtype]:
         return Verdict(worst, dtype)
-    return Verdict(worst, dtype, f"its output differs from the masked original's by {worst:.1e} of the largest output (allowed {TOLERANCE[dtype]:.0e})")
+    allowed = f"(allowed {TOLERANCE[dtype]:.0e})"
+    return Verdict(worst, dtype, f"its output differs from the masked original's by {worst:.1e} of the largest output {allowed}")
 
 
 def one_line(error: BaseException) -> str:

@@ -18,10 +18,10 @@ def network():
 
 
 def step(**changes):
-    slices = {"0.weight": {"0": [1, 3]}, "0.bias": {"0": [1, 3]}, "1.weight": {"0": [1, 3]}, "1.bias": {"0": [1, 3]}, "1.running_mean": {"0": [1, 3]},
-              "1.running_var": {"0": [1, 3]}, "2.weight": {"1": [1, 3]}}
+    vectors = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")
+    slices = {**{name: {"0": [1, 3]} for name in vectors}, "2.weight": {"1": [1, 3]}}
     attributes = {"0": {"out_channels": 2}, "1": {"num_features": 2}, "2": {"in_channels": 2}}
-    return {"kind": "prune", "slices": {**slices, **changes.pop("slices", {})}, "attributes": {**attributes, **changes.pop("attributes", {})}}
+    return {"kind": "prune", "slices": slices | changes.get("slices", {}), "attributes": attributes | changes.get("attributes", {})}
 
 
 def test_step_and_undo():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KINDS = ("conv", "residual", "bottleneck", "concat", "dense", "grouped", "depthwise", "shuffle", "excite", "shared", "padded", "gate", "transposed",
-         "group_norm", "two_heads")
+KINDS = ("conv", "residual", "bottleneck", "concat", "dense", "grouped", "depthwise", "shuffle", "excite", "shared", "padded", "gate",
+         "transposed", "group_norm", "two_heads")
 
 
 def norm(rng: random.Random, channels: int) -> nn.Module:

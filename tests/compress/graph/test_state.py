@@ -171,8 +171,9 @@ def test_excluded_layers_keep_their_shapes():
 def test_one_channel_always_stays_and_numbers_are_checked():
     model = Small()
     graph = trace(model, X)
-    for removals, words in (({"a.weight": range(8)}, "at least one must stay"), ({"a.weight": [8]}, "0 to 7"), ({"a.weight": [1, 1]}, "different numbers"),
-                            ({"a.weigth": [1]}, "did you mean 'a.weight'"), ({"fc.weight": [0]}, "output of the network")):
+    for removals, words in (({"a.weight": range(8)}, "at least one must stay"), ({"a.weight": [8]}, "0 to 7"),
+                            ({"a.weight": [1, 1]}, "different numbers"), ({"a.weigth": [1]}, "did you mean 'a.weight'"),
+                            ({"fc.weight": [0]}, "output of the network")):
         with pytest.raises(UserError, match=words):
             graph.prune(model, removals)
     graph.prune(model, {"a.weight": [0]})

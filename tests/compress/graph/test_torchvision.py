@@ -10,7 +10,8 @@ from torch import nn
 from compress.graph import trace
 from tests.compress.graph.oracle import distance, masked, outputs
 
-CONVOLUTIONAL = ("alexnet", "densenet", "efficientnet", "googlenet", "inception", "mnasnet", "mobilenet", "regnet", "resnet", "resnext", "squeezenet", "vgg")
+CONVOLUTIONAL = ("alexnet", "densenet", "efficientnet", "googlenet", "inception", "mnasnet", "mobilenet", "regnet", "resnet", "resnext",
+                 "squeezenet", "vgg", "wide_resnet")
 QUICK = ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"]
 ZOO = torchvision.models.list_models(module=torchvision.models)
 
@@ -52,7 +53,9 @@ def check(name: str, side: int) -> None:
     parameters, removals = dict(model.named_parameters()), {}
     for group in graph.groups:
         if group.prunable:
-            squares = sum(parameters[m.parameter].detach().movedim(m.dim, 0).flatten(1).square().sum(1)[m.indices].sum(1) for m in group.members if m.role == "out")
+            producers = [m for m in group.members if m.role == "out"]
+            rows = [parameters[m.parameter].detach().movedim(m.dim, 0).flatten(1).square().sum(1)[m.indices] for m in producers]
+            squares = sum(row.sum(1) for row in rows)
             removals[group] = squares.argsort()[:group.size // 2]
     assert removals
     dense, reference = outputs(model, x), masked(model, removals)

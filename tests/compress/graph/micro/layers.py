@@ -51,12 +51,14 @@ def concat_into_grouped():
 
 @case(free="a b c")
 def two_group_counts():
-    return Net(lambda m, x: m.d(torch.cat([m.b(m.a(x)), m.c(m.a(x))], 1)), a=conv(3, 24), b=conv(24, 24, groups=3), c=conv(24, 24, groups=4), d=conv(48, 4))
+    return Net(lambda m, x: m.d(torch.cat([m.b(m.a(x)), m.c(m.a(x))], 1)), a=conv(3, 24),
+               b=conv(24, 24, groups=3), c=conv(24, 24, groups=4), d=conv(48, 4))
 
 
 @case(pinned={"a": "one must stay"})
 def two_coprime_group_counts():
-    return Net(lambda m, x: m.d(torch.cat([m.b(m.a(x)), m.c(m.a(x))], 1)), a=conv(3, 12), b=conv(12, 12, groups=3), c=conv(12, 12, groups=4), d=conv(24, 4))
+    return Net(lambda m, x: m.d(torch.cat([m.b(m.a(x)), m.c(m.a(x))], 1)), a=conv(3, 12),
+               b=conv(12, 12, groups=3), c=conv(12, 12, groups=4), d=conv(24, 4))
 
 
 @case(free="a b")

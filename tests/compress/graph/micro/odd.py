@@ -22,7 +22,8 @@ def gru():
 
 @case((2, 5), free="a b")
 def linear_view_transposed():
-    return Net(lambda m, x: m.c(F.relu(m.b(m.a(x).view(x.shape[0], -1, 2, 2)))), a=nn.Linear(5, 32), b=nn.ConvTranspose2d(8, 6, 2, 2), c=conv(6, 4))
+    return Net(lambda m, x: m.c(F.relu(m.b(m.a(x).view(x.shape[0], -1, 2, 2)))), a=nn.Linear(5, 32),
+               b=nn.ConvTranspose2d(8, 6, 2, 2), c=conv(6, 4))
 
 
 @case((2, 3, 6, 6), free="a")
@@ -112,17 +113,20 @@ def running_sum_over_channels():
 
 @case(pinned={"a": "no rule"})
 def unknown_operator():
-    return Net(lambda m, x: m.c(torch.cdist(m.a(x).flatten(2).mT, m.w).mT.unflatten(2, (6, 6))), a=conv(3, 8), w=nn.Parameter(torch.randn(5, 8)), c=conv(5, 4))
+    return Net(lambda m, x: m.c(torch.cdist(m.a(x).flatten(2).mT, m.w).mT.unflatten(2, (6, 6))), a=conv(3, 8),
+               w=nn.Parameter(torch.randn(5, 8)), c=conv(5, 4))
 
 
 @case(free="a b")
 def resized():
-    return Net(lambda m, x: m.c(F.interpolate(m.b(F.interpolate(m.a(x), scale_factor=2.0, mode="bilinear")), size=3)), a=conv(3, 8), b=conv(8, 6), c=conv(6, 4))
+    return Net(lambda m, x: m.c(F.interpolate(m.b(F.interpolate(m.a(x), scale_factor=2.0, mode="bilinear")), size=3)), a=conv(3, 8),
+               b=conv(8, 6), c=conv(6, 4))
 
 
 @case(free="a b")
 def reflected_and_pooled():
-    return Net(lambda m, x: m.c(F.avg_pool2d(m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect"), 2)), 2)), a=conv(3, 8), b=conv(8, 6), c=conv(6, 4))
+    return Net(lambda m, x: m.c(F.avg_pool2d(m.b(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect"), 2)), 2)), a=conv(3, 8),
+               b=conv(8, 6), c=conv(6, 4))
 
 
 @case((2, 7), integers=9, free="e a")
@@ -161,7 +165,8 @@ def where_and_compare():
 
 @case(free="a")
 def repeated_channels():
-    return Net(lambda m, x: m.c(m.a(x).repeat(1, 2, 1, 1)) + m.d(m.a(x).repeat_interleave(3, 1)), a=conv(3, 6), c=conv(12, 4), d=conv(18, 4))
+    return Net(lambda m, x: m.c(m.a(x).repeat(1, 2, 1, 1)) + m.d(m.a(x).repeat_interleave(3, 1)), a=conv(3, 6),
+               c=conv(12, 4), d=conv(18, 4))
 
 
 @case(free="a")

@@ -38,7 +38,8 @@ def mixer_with_as_many_tokens_as_channels():
         y = y.transpose(1, 2)
         return m.c((y + m.b(F.gelu(m.a(y)))).mean(1))
 
-    return Net(forward, p=conv(3, 16), t=nn.Linear(16, 16), u=nn.Linear(16, 16), a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 4))
+    return Net(forward, p=conv(3, 16), t=nn.Linear(16, 16), u=nn.Linear(16, 16), a=nn.Linear(16, 16),
+               b=nn.Linear(16, 16), c=nn.Linear(16, 4))
 
 
 @case(free="a w")
@@ -99,8 +100,8 @@ def functional_group_norm():
 
 @case((2, 3, 6, 6), free="a b")
 def instance_norm():
-    return Net(lambda m, x: m.c(m.p(m.b(m.n(m.a(x))))), a=conv(3, 6), n=nn.InstanceNorm2d(6, affine=True, track_running_stats=True), b=conv(6, 8),
-               p=nn.InstanceNorm2d(8), c=conv(8, 4))
+    return Net(lambda m, x: m.c(m.p(m.b(m.n(m.a(x))))), a=conv(3, 6), n=nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+               b=conv(6, 8), p=nn.InstanceNorm2d(8), c=conv(8, 4))
 
 
 @case(free="a")
@@ -142,7 +143,8 @@ def spectral_norm():
 
 @case(free="a")
 def prune_masks():
-    return Net(lambda m, x: m.c(F.relu(m.a(x))), a=prune.random_unstructured(conv(3, 8), "weight", 0.5), c=prune.random_unstructured(conv(8, 4), "weight", 0.5))
+    return Net(lambda m, x: m.c(F.relu(m.a(x))), a=prune.random_unstructured(conv(3, 8), "weight", 0.5),
+               c=prune.random_unstructured(conv(8, 4), "weight", 0.5))
 
 
 @case(free="a h")
