@@ -63,11 +63,13 @@ def _check_prune(position: int, step: Step) -> None:
     slices, attributes = step.get("slices"), step.get("attributes")
     good = isinstance(slices, dict) and isinstance(attributes, dict) and all(isinstance(values, dict) for values in attributes.values())
     good = good and all(
-        isinstance(dims, dict) and all(dim.isdigit() and isinstance(indices, list) and all(map(_is_whole, indices)) for dim, indices in dims.items())
+        isinstance(dims, dict)
+        and all(dim.isdigit() and isinstance(indices, list) and all(map(_is_whole, indices)) for dim, indices in dims.items())
         for dims in slices.values()
     )
     if not good:
-        raise UserError(f"Step {position} of the plan must hold \"slices\" {{parameter: {{dimension: [indices]}}}} and \"attributes\" {{module: {{name: value}}}}.")
+        raise UserError(f'Step {position} of the plan must hold "slices" {{parameter: {{dimension: [indices]}}}} '
+                        'and "attributes" {module: {name: value}}.')
 
 
 def apply_plan(model: nn.Module, plan: Plan | Iterable[Step]) -> nn.Module:
