@@ -101,6 +101,7 @@ class FinetuneConfig(TrainConfig):
 
     epochs: int = Field(10, ge=0, description="passes over the training set")
     lr: float = Field(0.02, gt=0, description="peak learning rate")
+    batch_size: int | None = Field(None, ge=1, description="images per step over all processes; null: data.batch_size")
     distill: DistillConfig | None = Field(None, description="distillation from the unpruned network; null: none")
 
 

@@ -105,7 +105,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     if config.finetune.epochs:
         tuning = config.finetune.model_copy(update={"lr": config.finetune.lr * phase.lr_factor})
-        epochs = fit(model, job.data, tuning, batch_size=config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
+        epochs = fit(model, job.data, tuning, batch_size=tuning.batch_size or config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
                      checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist, eval_batch_size=config.data.eval_batch_size)
         before = len(info["history"])
         info["history"] += [{**epoch, "epoch": before + epoch["epoch"]} for epoch in epochs]
