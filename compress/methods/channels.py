@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress.allocate import allocate, check_ratio
 from compress.criteria import CRITERIA
+from compress.errors import RunError
 from compress.methods import Context
 from compress.plan import Plan
+from compress.surgery import apply_prune
+
+QUANTITIES = ("params", "macs")
+ATTEMPTS = 4  # each pins at least one group
 
 
 class ChannelMethod:
     """Prunes channel groups by the criterion `name`."""
 
-    budgets = ("params", "macs")
+    budgets = QUANTITIES
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.criterion = CRITERIA[name]
         self.needs_data = self.criterion.needs_data
+        self.compensates = getattr(self.criterion, "compensates", False)
 
     def check(self, options: dict[str, Any]) -> None:
         """Raise `UserError` for options that the criterion does not have."""
@@ -37,10 +44,30 @@ class ChannelMethod:
         check_ratio(context.graph, budget, names=names, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
-        """Remove the lowest-scored channels until `budget` is met, in place."""
-        removed = allocate(
-            context.graph, state, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to,
-            original=context.original[("params", "macs").index(next(iter(budget)))] if context.original else None)
-        if getattr(self.criterion, "compensates", False):
-            self.criterion.compensate(context.graph, model, removed, context.batches, context.generator.clone_state(), **context.options)
-        return Plan(steps=[context.graph.prune(model, removed, verify=context.verify)])
+        """Remove the lowest-scored channels until `budget` is met, in place.
+
+        A group whose removal fails the check (a width that the network's code uses as a number, say) is pinned, and the budget is shared over the
+        others.
+        """
+        graph = context.graph
+        original = context.original[QUANTITIES.index(next(iter(budget)))] if context.original else None
+        for attempt in range(ATTEMPTS):
+            free = {group.name for group in graph.groups if group.prunable}
+            removed = allocate(graph, {name: score for name, score in state.items() if name in free}, budget, kind=context.allocation,
+                               max_layer_ratio=context.max_layer_ratio, round_to=context.round_to, original=original)
+            trial = copy.deepcopy(model) if self.compensates else model
+            if self.compensates:
+                self.criterion.compensate(graph, trial, removed, context.batches, context.generator.clone_state(), **context.options)
+            try:
+                step = graph.step(removed)
+                graph.prune(trial, removed, verify=context.verify)
+            except RunError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                graph.prune(copy.deepcopy(model), removed, on_failure="pin")
+                continue
+            if trial is not model:
+                apply_prune(model, step)
+                model.load_state_dict(trial.state_dict())
+            return Plan([step])
+        raise AssertionError("the last attempt returns or raises")

@@ -1,10 +1,13 @@
 """Oracle: inputs that depend linearly on each other, which a consumer can make up for exactly; and repetition."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from compress import compress
+from compress.cost import count
 from compress.graph import trace
 from compress.methods import Context, method
 
@@ -47,3 +50,30 @@ def test_the_same_call_gives_the_same_network(name):
     first, second = (compress(model, batches[0][0][:1], batches, method=name, budget={"params": 0.4})[0] for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class _Stubborn(nn.Module):
+    """Divides by a width written into its code: cutting `a` computes something else, which only the check after surgery can see."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        y = self.a(x)
+        y = torch.relu(y / y.shape[1])
+        return self.head(torch.relu(self.c(torch.relu(self.b(y)))).mean((2, 3)))
+
+
+def test_a_group_that_fails_the_check_is_pinned_and_the_budget_met_by_the_others():
+    torch.manual_seed(0)
+    model, x = _Stubborn().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace(model, x, probe=False)
+    context = Context(model, graph, x, [], nn.functional.cross_entropy, torch.Generator().manual_seed(0))
+    chosen = method("l1")
+    result = copy.deepcopy(model)
+    chosen.apply(result, context, chosen.prepare(context), {"macs": 0.4})
+    assert result.a.weight.shape[0] == 16 and result.b.weight.shape[0] < 16
+    assert 1 - count(result, x).macs / count(model, x).macs == pytest.approx(0.4, abs=0.02)
+    assert "a.weight" in graph.pinned
