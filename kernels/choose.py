@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,8 @@ MOST_SHAPES = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a layer: "dense" or a candidate's label, microseconds per forward pass of the network (NaN where not measured), and why."""
+    """What was chosen for a layer: "dense" or a candidate's label, microseconds per forward pass of the network (NaN where not measured),
+    and why."""
 
     layer: str
     kind: str
@@ -151,7 +153,9 @@ def _input_shapes(model: nn.Module, inputs: tuple) -> dict[str, Counter]:
     return seen
 
 
-def _decide(name: str, layer: nn.Module, shapes: Counter, shared: set[int], margin: float, seconds: float, table: Table, remeasure: bool):
+def _decide(name: str, layer: nn.Module, shapes: Counter, shared: set[int], margin: float, seconds: float, table: Table,
+            remeasure: bool) -> tuple[Choice, nn.Module | None]:
+    """The choice for one layer and, where it is not dense, the module that takes its place."""
     weight = layer.weight
     density = float((weight != 0).sum()) / max(1, weight.numel())
     shape = next(iter(shapes))[0] if shapes else ()
@@ -196,13 +200,17 @@ def _decide(name: str, layer: nn.Module, shapes: Counter, shared: set[int], marg
 
 def _key(layer: nn.Module, shape: tuple[int, ...], channels_last: bool, density: float) -> str:
     weight = layer.weight
-    geometry = f"conv {tuple(weight.shape)} {layer.stride} {layer.padding} {layer.dilation}" if isinstance(layer, nn.Conv2d) else f"linear {tuple(weight.shape)}"
+    geometry = f"linear {tuple(weight.shape)}"
+    if isinstance(layer, nn.Conv2d):
+        geometry = f"conv {tuple(weight.shape)} {layer.stride} {layer.padding} {layer.dilation}"
     pattern = kept_columns((weight != 0).flatten(1), 64)
     layout = " channels_last" if channels_last else ""
-    return f"{device_name(weight.device)} | {geometry} on {shape}{layout} | {weight.dtype} | density {density:.2f} | 64-row vectors {pattern:.1f}"
+    on = f"{device_name(weight.device)} | {geometry} on {shape}{layout}"
+    return f"{on} | {weight.dtype} | density {density:.2f} | 64-row vectors {pattern:.1f}"
 
 
-def _measure(layer: nn.Module, offered: dict[str, candidates.Candidate], shape: tuple[int, ...], channels_last: bool, seconds: float) -> dict[str, float]:
+def _measure(layer: nn.Module, offered: dict[str, candidates.Candidate], shape: tuple[int, ...], channels_last: bool,
+             seconds: float) -> dict[str, float]:
     """Microseconds of "dense" and of each candidate that computes the same and is not hopeless."""
     weight = layer.weight
     generator = torch.Generator(device=weight.device).manual_seed(0)
@@ -211,20 +219,29 @@ def _measure(layer: nn.Module, offered: dict[str, candidates.Candidate], shape: 
         x = x.contiguous(memory_format=torch.channels_last)
     expected = layer(x)
     built = {"dense": layer}
+    limit = HOPELESS * _once(layer, x)
     for label, candidate in offered.items():
         try:
             module = candidate.build()
             distance = (module(x) - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             continue
-        if float(distance) <= TOLERANCE[weight.dtype]:
+        if float(distance) <= TOLERANCE[weight.dtype] and (weight.is_cuda or _once(module, x) < limit):
             built[label] = module
     if weight.is_cuda:
         return _time_cuda(built, x)
-    first = _time_cpu(built, x, 0.0)
-    close = {label: module for label, module in built.items() if label == "dense" or first[label] < HOPELESS * first["dense"]}
-    halves = [_time_cpu(close, x, seconds / 2) for _ in range(2)]
-    return {label: (min if label == "dense" else max)(half[label] for half in halves) for label in close}
+    halves = [_time_cpu(built, x, seconds / 2) for _ in range(2)]
+    return {label: (min if label == "dense" else max)(half[label] for half in halves) for label in built}
+
+
+def _once(module: nn.Module, x: Tensor) -> float:
+    """Seconds of the faster of two calls."""
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        module(x)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def _time_cpu(built: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:

@@ -21,7 +21,8 @@ SCHEMA = (
 )
 
 
-def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> tuple:
+def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+                dilation: Sequence[int]) -> tuple:
     """(height, width) of the output for an input of (height, width) `size`."""
     return tuple((size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1))
 
@@ -34,14 +35,16 @@ def _check(x: Tensor, values: Tensor, scale, bias, residual, rows: int, columns:
     check_tensors(x, values, {"the scale": scale, "the bias": bias}, residual, rows)
     height, width = output_size(x.shape[2:], kernel, stride, padding, dilation)
     if height < 1 or width < 1:
-        raise ValueError(f"the input of {x.shape[2]} x {x.shape[3]} pixels is smaller than the convolution's kernel of {kernel[0]} x {kernel[1]}")
+        image = f"{x.shape[2]} x {x.shape[3]}"
+        raise ValueError(f"the input of {image} pixels is smaller than the convolution's kernel of {kernel[0]} x {kernel[1]}")
     shape = (x.shape[0], rows, height, width)
     if residual is not None and tuple(residual.shape) != shape:
         raise ValueError(f"the residual has shape {list(residual.shape)}, but the output has {list(shape)}")
     return shape
 
 
-def define_conv(name: str, positions: Positions, launch: Launch | None, direct: Direct | None, memory_format: torch.memory_format) -> Callable[..., Tensor]:
+def define_conv(name: str, positions: Positions, launch: Launch | None, direct: Direct | None,
+                memory_format: torch.memory_format) -> Callable[..., Tensor]:
     """Registers `compress_kernels::<name>` (schema SCHEMA) and returns it; y [N, c_out, h, w] always has `memory_format`.
 
     launch and direct as in define_linear, with x [N, c_in, H, W] and the four geometry arguments behind `activation`.

@@ -20,7 +20,8 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def finish(z, row, place, mask, scale, bias, residual, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
+def finish(z, row, place, mask, scale, bias, residual, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+           ACTIVATION: tl.constexpr):
     """act(scale[row] * z + bias[row] + residual[place]); row and place broadcast against z (float32)."""
     if HAS_SCALE:
         z = z * tl.load(scale + row, mask=mask, other=0.0).to(tl.float32)

@@ -102,7 +102,8 @@ class SparseLinear(_Packed):
     def to_dense(self) -> nn.Linear:
         """An `nn.Linear` with the same weight and bias; scale and activation, which it cannot hold, must not be set."""
         _refuse_epilogue(self)
-        dense = nn.utils.skip_init(nn.Linear, self.columns, self.rows, self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        dense = nn.utils.skip_init(nn.Linear, self.columns, self.rows, self.bias is not None, device=self.values.device,
+                                   dtype=self.values.dtype)
         return _fill(dense, self)
 
     in_features = property(lambda self: self.columns)
@@ -115,7 +116,8 @@ class SparseLinear(_Packed):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         op = getattr(torch.ops.compress_kernels, f"{self.format}_linear")
-        return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options, self.activation)
+        return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
+                  self.activation)
 
     def extra_repr(self) -> str:
         return f"in_features={self.columns}, out_features={self.rows}, {self._facts()}"
@@ -124,7 +126,8 @@ class SparseLinear(_Packed):
 class SparseConv2d(_Packed):
     """The convolution of images [N, in_channels, H, W] with a packed weight [out_channels, in_channels, r, s]; zero padding, one group."""
 
-    def __init__(self, packed: Packed, kernel_size, stride, padding, dilation, bias: Tensor | None, scale: Tensor | None = None, activation: str = "none") -> None:
+    def __init__(self, packed: Packed, kernel_size, stride, padding, dilation, bias: Tensor | None, scale: Tensor | None = None,
+                 activation: str = "none") -> None:
         super().__init__(packed, bias, scale, activation)
         self.kernel_size, self.stride, self.padding, self.dilation = (_pair(v) for v in (kernel_size, stride, padding, dilation))
         self.out_channels, self.in_channels, self.groups = self.rows, self.columns // math.prod(self.kernel_size), 1
@@ -150,8 +153,8 @@ class SparseConv2d(_Packed):
     def to_dense(self) -> nn.Conv2d:
         """An `nn.Conv2d` with the same weight and bias; scale and activation, which it cannot hold, must not be set."""
         _refuse_epilogue(self)
-        dense = nn.utils.skip_init(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-                                   bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        dense = nn.utils.skip_init(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+                                   self.dilation, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         return _fill(dense, self)
 
     @property
@@ -161,8 +164,8 @@ class SparseConv2d(_Packed):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         op = getattr(torch.ops.compress_kernels, f"{self.format}_conv2d")
-        return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options, self.activation,
-                  self.kernel_size, self.stride, self.padding, self.dilation)
+        return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
+                  self.activation, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
@@ -174,7 +177,8 @@ def pack_checked(format: str | None, weight: Tensor, mask: Tensor | None, option
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"the weight is {weight.dtype}, but only bfloat16, float16 and float32 can be packed")
     if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
-        raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}, but a bool mask of the weight's shape {list(weight.shape)} is needed")
+        expected = f"a bool mask of the weight's shape {list(weight.shape)}"
+        raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}, but {expected} is needed")
     return formats.pack(format or ("run16" if weight.is_cuda else "csr"), weight, mask, **options)
 
 

@@ -95,7 +95,8 @@ def define_linear(name: str, positions: Positions, launch: Launch | None, direct
     if found is not None:
         return found
 
-    def forward(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int, options, activation: str) -> Tensor:
+    def forward(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int, options,
+                activation: str) -> Tensor:
         check_linear(x, values, {"the scale": scale, "the bias": bias}, residual, rows, columns)
         epilogue.check(activation)
         shape = (*x.shape[:-1], rows)

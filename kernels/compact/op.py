@@ -1,4 +1,7 @@
-"""The operator `compress_kernels::compact_linear` and the packing that feeds it; options = (words per step, warps), 0 meaning the default."""
+"""The operator `compress_kernels::compact_linear` and the packing that feeds it.
+
+options = (words per step, warps), 0 meaning the default.
+"""
 
 from __future__ import annotations
 

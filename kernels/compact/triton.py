@@ -1,7 +1,7 @@
 """Triton kernel that expands the compact format (reference.py) into the dense weight.
 
-One program owns one row. A step takes WORDS bitmap words; the place of a value is the row's start, plus the bits in earlier words, plus the bits below its own in its
-word. Bits are counted with integer arithmetic that compiles to one population count.
+One program owns one row. A step takes WORDS bitmap words; the place of a value is the row's start, plus the bits in earlier words,
+plus the bits below its own in its word. Bits are counted with integer arithmetic that compiles to one population count.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Builds cpu.c with the machine's C compiler on first use and calls it through ctypes.
 
-The library lies in the cache folder under a name that hashes the source, the flags, the compiler and the processor. Without a compiler, or if
-a small product comes out wrong, `library()` is None and the callers use MKL or scipy.
+The library lies in the cache folder under a name that hashes the source, the flags, the compiler and the processor. Without a
+compiler, or if a small product comes out wrong, `library()` is None and the callers use MKL or scipy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import reference
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("cpu.c")
 SLACK = 16
-ON_CHIP = 512 * 1024
+ON_CHIP = 1024 * 1024
 WIDEST = 128
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -82,20 +82,23 @@ def _agrees(loaded: ctypes.CDLL) -> bool:
     return ok and torch.allclose(vector(loaded, x[:, 0].contiguous(), *parts, None, False, 1), weight @ x[:, 0], atol=1e-4)
 
 
-def _tile(depth: int) -> int:
-    """Columns per tile: as many as keep the rows of the dense operand in the second-level cache."""
-    return WIDEST if depth * WIDEST * 4 <= ON_CHIP else WIDEST // 2
+def _tile(rows: int, overhang: int = 0) -> int:
+    """Columns per tile: as many as keep `rows` rows of the dense operand, `overhang` longer than the tile, in the second-level cache."""
+    return WIDEST if rows * (WIDEST + overhang) * 4 <= ON_CHIP else WIDEST // 2
 
 
-def vector(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool, threads: int) -> Tensor:
+def vector(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool,
+           threads: int) -> Tensor:
     """act(W x + bias), [rows], for x [columns]; float32, contiguous, on the CPU."""
     rows = crow.numel() - 1
     y = x.new_empty(rows)
-    loaded.csr_vector(rows, crow.data_ptr(), col.data_ptr(), values.data_ptr(), x.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(), relu, threads)
+    given = None if bias is None else bias.data_ptr()
+    loaded.csr_vector(rows, crow.data_ptr(), col.data_ptr(), values.data_ptr(), x.data_ptr(), y.data_ptr(), given, relu, threads)
     return y
 
 
-def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool, threads: int) -> Tensor:
+def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool,
+           threads: int) -> Tensor:
     """act(W x + bias), [(images,) rows, n], for x [(images,) columns, n], float32, contiguous, on the CPU."""
     columns, n = x.shape[-2:]
     images = x.shape[0] if x.ndim == 3 else 1
@@ -103,8 +106,9 @@ def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Te
     if n % SLACK:
         x = _with_slack(x)
     y = x.new_empty(*x.shape[:-2], rows, n)
-    loaded.csr_images(images, rows, n, crow.data_ptr(), col.data_ptr(), values.data_ptr(), row_places(columns, n).data_ptr(), x.data_ptr(), columns * n,
-                      y.data_ptr(), rows * n, n, n, n, None if bias is None else bias.data_ptr(), relu, _tile(columns), threads)
+    place, given = row_places(columns, n), None if bias is None else bias.data_ptr()
+    loaded.csr_images(images, rows, n, crow.data_ptr(), col.data_ptr(), values.data_ptr(), place.data_ptr(), x.data_ptr(), columns * n,
+                      y.data_ptr(), rows * n, n, n, n, given, relu, _tile(columns), threads)
     return y
 
 
@@ -113,8 +117,8 @@ def _with_slack(x: Tensor) -> Tensor:
     return x.new_zeros(x.numel() + SLACK)[: x.numel()].copy_(x.reshape(-1)).view(x.shape)
 
 
-def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stride, padding, dilation, values: Tensor, crow: Tensor, col: Tensor,
-             bias: Tensor | None, relu: bool, threads: int) -> Tensor:
+def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stride, padding, dilation, values: Tensor, crow: Tensor,
+             col: Tensor, bias: Tensor | None, relu: bool, threads: int) -> Tensor:
     """act(conv(x, W) + bias), [N, rows, *size], for x [N, c, h, w], float32, contiguous, on the CPU."""
     batch, channels, height, width = x.shape
     rows = crow.numel() - 1
@@ -123,9 +127,10 @@ def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stri
     scratch = x.new_empty(channels * stride[0] * stride[1] * high * wide + SLACK)
     y = x.new_empty(batch, rows, *size)
     shape = (LONG * 5)(channels, height, width, high, wide)
+    given = None if bias is None else bias.data_ptr()
+    width = _tile(channels * stride[0] * stride[1], kernel[0] // stride[0] * wide)
     loaded.csr_convolve(batch, rows, shape, (LONG * 2)(*size), (LONG * 2)(*stride), (LONG * 2)(*padding), crow.data_ptr(), col.data_ptr(),
-                        values.data_ptr(), place.data_ptr(), x.data_ptr(), scratch.data_ptr(), y.data_ptr(), None if bias is None else bias.data_ptr(),
-                        relu, _tile(place.numel()), threads)
+                        values.data_ptr(), place.data_ptr(), x.data_ptr(), scratch.data_ptr(), y.data_ptr(), given, relu, width, threads)
     return y
 
 
@@ -136,7 +141,8 @@ def row_places(columns: int, stride: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def tap_places(channels: int, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], height: int, width: int) -> Tensor:
+def tap_places(channels: int, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], height: int,
+               width: int) -> Tensor:
     """Offset of tap (c, r, s) in an image split into stride x stride phases of height x width pixels, [channels * r * s] int32."""
     r, s = torch.arange(kernel[0]) * dilation[0], torch.arange(kernel[1]) * dilation[1]
     phase = (r % stride[0]).unsqueeze(1) * stride[1] + s % stride[1]

@@ -67,7 +67,8 @@ TILE(tile96, 6, 2)
 TILE(tile112, 7, 2)
 TILE(tile128, 8, 2)
 
-typedef void (*tile_function)(int32_t, int32_t, const int32_t *, const float *, const int32_t *, const float *, float *, int64_t, float, int);
+typedef void (*tile_function)(int32_t, int32_t, const int32_t *, const float *, const int32_t *, const float *, float *, int64_t, float,
+              int);
 static const tile_function TILES[8] = {tile16, tile32, tile48, tile64, tile80, tile96, tile112, tile128};
 
 /* Moves columns first .. first + count of a row of `pitch` wide lines to lines of `wanted` columns, dropping what lies behind. */
@@ -86,8 +87,8 @@ static void spread(float *y, const float *from, int64_t first, int64_t count, in
 /* `images` dense operands x_step apart, n columns each, results y_step apart. The columns are lines of `pitch`, of which the first
  * `wanted` are written; `width` (a multiple of 16, at most 128) is the tile that is kept in registers. */
 void csr_images(int64_t images, int64_t rows, int64_t n, const int32_t *crow, const int32_t *col, const float *val, const int32_t *place,
-                const float *x, int64_t x_step, float *y, int64_t y_step, int64_t ldy, int64_t pitch, int64_t wanted, const float *bias, int relu,
-                int64_t width, int threads)
+                const float *x, int64_t x_step, float *y, int64_t y_step, int64_t ldy, int64_t pitch, int64_t wanted, const float *bias,
+                int relu, int64_t width, int threads)
 {
     const int64_t tiles = (n + width - 1) / width;
 #pragma omp parallel for collapse(3) schedule(dynamic, 16) num_threads(threads) if (threads > 1)
@@ -108,8 +109,10 @@ void csr_images(int64_t images, int64_t rows, int64_t n, const int32_t *crow, co
 }
 
 /* Copies an image [channels, height, width] with zero borders into phases: pixel (h, w) of the padded image goes to phase
- * (h % sh) * sw + w % sw, place (h / sh, w / sw), so that every tap of a strided convolution is a plain offset into [channels, sh * sw, high, wide]. */
-static void split(const float *x, float *to, int64_t channels, int64_t height, int64_t width, int64_t high, int64_t wide, const int64_t *stride, const int64_t *padding)
+ * (h % sh) * sw + w % sw, place (h / sh, w / sw), so that every tap of a strided convolution is a plain offset into [channels, sh * sw,
+ * high, wide]. */
+static void split(const float *x, float *to, int64_t channels, int64_t height, int64_t width, int64_t high, int64_t wide,
+                  const int64_t *stride, const int64_t *padding)
 {
     const int64_t sh = stride[0], sw = stride[1];
     memset(to, 0, (size_t)(channels * sh * sw * high * wide) * sizeof(float));
@@ -120,14 +123,16 @@ static void split(const float *x, float *to, int64_t channels, int64_t height, i
             float *block = to + ((c * sh + line % sh) * sw * high + line / sh) * wide;
             if (sw == 1) memcpy(block + padding[1], from, (size_t)width * sizeof(float));
             else
-                for (int64_t w = 0; w < width; w++) {
+                for (int64_t w = 0; w < sw && w < width; w++) {
                     const int64_t at = w + padding[1];
-                    block[(at % sw) * high * wide + at / sw] = from[w];
+                    float *first = block + (at % sw) * high * wide + at / sw;
+                    for (int64_t i = 0; w + i * sw < width; i++) first[i] = from[w + i * sw];
                 }
         }
 }
 
-/* Convolution of `images` images without a patch matrix; scratch holds one image in phases plus 16 floats. size: output height and width. */
+/* Convolution of `images` images without a patch matrix; scratch holds one image in phases plus 16 floats. size: output height and width.
+ * */
 void csr_convolve(int64_t images, int64_t rows, const int64_t *shape, const int64_t *size, const int64_t *stride, const int64_t *padding,
                   const int32_t *crow, const int32_t *col, const float *val, const int32_t *place, const float *x, float *scratch, float *y,
                   const float *bias, int relu, int64_t width, int threads)
@@ -135,13 +140,14 @@ void csr_convolve(int64_t images, int64_t rows, const int64_t *shape, const int6
     const int64_t channels = shape[0], height = shape[1], across = shape[2], high = shape[3], wide = shape[4];
     for (int64_t b = 0; b < images; b++) {
         split(x + b * channels * height * across, scratch, channels, height, across, high, wide, stride, padding);
-        csr_images(1, rows, (size[0] - 1) * wide + size[1], crow, col, val, place, scratch, 0, y + b * rows * size[0] * size[1], 0, size[0] * size[1],
-                   wide, size[1], bias, relu, width, threads);
+        csr_images(1, rows, (size[0] - 1) * wide + size[1], crow, col, val, place, scratch, 0, y + b * rows * size[0] * size[1], 0,
+                   size[0] * size[1], wide, size[1], bias, relu, width, threads);
     }
 }
 
 /* One column: a single chain of multiply-adds would wait four cycles per entry, eight chains do not. */
-void csr_vector(int64_t rows, const int32_t *crow, const int32_t *col, const float *val, const float *x, float *y, const float *bias, int relu,
+void csr_vector(int64_t rows, const int32_t *crow, const int32_t *col, const float *val, const float *x, float *y, const float *bias,
+                int relu,
                 int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

@@ -47,7 +47,8 @@ def usable(engine: str, x: Tensor, values: Tensor) -> bool:
     return x.device.type == "cpu" and values.dtype == torch.float32 and (engine == "scipy" or compiled.library() is not None)
 
 
-def _product(x: Tensor, values: Tensor, index: Sequence[Tensor], bias: Tensor | None, relu: bool, rows: int, columns: int, engine: str) -> tuple[Tensor, bool]:
+def _product(x: Tensor, values: Tensor, index: Sequence[Tensor], bias: Tensor | None, relu: bool, rows: int, columns: int,
+             engine: str) -> tuple[Tensor, bool]:
     """(y [..., rows, n], whether bias and activation are already in it) for x [..., columns, n] with at most one leading dimension."""
     if engine == "compiled":
         loaded, threads = compiled.library(), torch.get_num_threads()

@@ -27,4 +27,5 @@ def pack(weight: Tensor, mask: Tensor | None = None, coding: int | None = None, 
     if coding is None:
         coding = reference.NIBBLE if kept > 0.15 * weight.numel() else reference.BYTE
     values, index = reference.pack(weight, coding, mask)
-    return Packed("run16", values, index, weight.shape[0], weight.shape[1], kept, (coding, warps, splits), reference.stored_bytes(values, index))
+    return Packed("run16", values, index, weight.shape[0], weight.shape[1], kept, (coding, warps, splits),
+                  reference.stored_bytes(values, index))

@@ -10,7 +10,7 @@ runs as its longest row. With R runs in all slices together and P = 16 / (entrie
             [R, 2, 32]   int64, 16 bytes: distance from the run's start
       perm  [32 S]       int32: output row of each lane, `rows` or more where there is none
       slice_ptr [S + 1]  int32: first run of each slice
-      live  [R, 32]      int16, bit e set where entry e is a weight of the matrix (not padding, not a filler); the forward kernel never reads it
+      live  [R, 32]      int16, bit e set where entry e is a weight (not padding, not a filler); the forward kernel never reads it
 
 A nibble holds at most 15: a longer distance inserts fillers with value zero. A byte run is closed early when its span would exceed 255.
 Padding repeats the last column, so that no load leaves the input.

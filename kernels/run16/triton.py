@@ -156,7 +156,8 @@ def splits_for(slices: int, chunks: int, warps: int, longest: int) -> int:
     return splits
 
 
-def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str, y: Tensor | None = None) -> Tensor:
+def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
+           y: Tensor | None = None) -> Tensor:
     """y [N, rows] for x [N, columns]; `options` is (coding, warps, splits), 0 meaning the default. `y` may be given to be filled."""
     start, gaps, perm, slice_ptr, _ = index
     batch = x.shape[0]
@@ -181,8 +182,8 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     counter = torch.zeros(slices * chunks if splits > 1 else 1, dtype=torch.int32, device=x.device)
     run16_kernel[(slices, splits, chunks)](
         source, values.view(torch.int64), start, gaps, perm, slice_ptr, y,
-        y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, partial, counter, rows, columns, batch,
-        NP=np_, KIND=kind, CODING=gaps.shape[1] - 1, WIDE=start.dtype == torch.int32, WARPS=warps, SPLITS=splits,
+        y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, partial, counter,
+        rows, columns, batch, NP=np_, KIND=kind, CODING=gaps.shape[1] - 1, WIDE=start.dtype == torch.int32, WARPS=warps, SPLITS=splits,
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
     )
     return y

@@ -35,16 +35,16 @@ def channels_last(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
     return matrix.reshape(rows, columns // taps, taps).transpose(1, 2).reshape(rows, columns)
 
 
-def pack(weight: Tensor, kernel: Sequence[int], height: int, group: int, step: int, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def pack(weight: Tensor, kernel: Sequence[int], height: int, group: int, step: int,
+         mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """(values, index) of `weight` [c_out, c_in * r * s] (torch's order)."""
     if weight.ndim != 2:
         raise ValueError(f"a matrix is needed, but the weight has shape {list(weight.shape)}")
     taps = kernel[0] * kernel[1]
     channels = weight.shape[1] // max(1, taps)
     if channels * taps != weight.shape[1] or max(kernel) > MAX_TAPS or channels // group > MAX_GROUPS or channels % group or step % group:
-        raise ValueError(
-            f"a weight with {weight.shape[1]} columns cannot be packed for a kernel of {kernel[0]} x {kernel[1]} in groups of {group} channels and steps of {step}"
-        )
+        wanted = f"a kernel of {kernel[0]} x {kernel[1]} in groups of {group} channels and steps of {step}"
+        raise ValueError(f"a weight with {weight.shape[1]} columns cannot be packed for {wanted}")
     weight = weight.detach()
     mask = (weight != 0) if mask is None else mask.to(weight.device)
     values, (columns, step_ptr, order, live) = blocks.pack(channels_last(weight, kernel), height, step, channels_last(mask, kernel), group)

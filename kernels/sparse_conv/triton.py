@@ -28,10 +28,11 @@ CONFIGS = tuple(
 
 
 @triton.jit
-def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, pixels, groups, height, width, out_height,
-                       out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, V: tl.constexpr, STEP: tl.constexpr, BP: tl.constexpr,
-                       G: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-                       HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
+def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, pixels, groups, height, width,
+                       out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, V: tl.constexpr,
+                       STEP: tl.constexpr, BP: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                       PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+                       HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
     """Grid (blocks, tiles of BP pixels, SPLITS).
 
     x: [N, height, width, groups * G]; y, residual: [pixels, rows], pixels = N * out_height * out_width; partial:
@@ -107,8 +108,8 @@ def splits_for(blocks: int, tiles: int, steps: int) -> int:
     return splits
 
 
-def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str, kernel, stride, padding,
-           dilation, y: Tensor | None = None) -> Tensor:
+def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str, kernel, stride,
+           padding, dilation, y: Tensor | None = None) -> Tensor:
     """y [N, rows, h, w] (channels_last) for x [N, c_in, H, W]; x in another memory format is copied. `y` may be given to be filled."""
     kept, step_ptr, order, _ = index
     total, step, height = values.shape
@@ -117,7 +118,8 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     size = convolution.output_size((image_height, image_width), kernel, stride, padding, dilation)
     pixels = batch * size[0] * size[1]
     if pixels >= 2**31 - 256 or max(size) * max(stride) + max(padding) > 2**19:
-        raise ValueError(f"{pixels} output pixels of images of {image_height} x {image_width} are more than the kernel's 32-bit integers can count")
+        images = f"{pixels} output pixels of images of {image_height} x {image_width}"
+        raise ValueError(f"{images} are more than the kernel's 32-bit integers can count")
     source = x.permute(0, 2, 3, 1).contiguous()
     y = x.new_empty(batch, *size, rows) if y is None else y
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
@@ -130,8 +132,8 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
     precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
     sparse_conv_kernel[(blocks, tiles, splits)](
-        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter, rows, pixels,
-        channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
+        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
+        rows, pixels, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
         V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=precision, WIDEN=interpreted(),
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
     )

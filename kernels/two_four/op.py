@@ -1,7 +1,8 @@
 """The operator `compress_kernels::two_four_linear` and the packing that feeds it.
 
-On a GPU S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its algorithm is searched for once) and R
-through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix. options = (coding of R,), as in run16.
+On a GPU S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its algorithm is searched
+for once) and R through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix.
+options = (coding of R,), as in run16.
 """
 
 from __future__ import annotations
@@ -76,4 +77,5 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> Packed:
     kept = int((weight != 0).sum() if mask is None else mask.sum())
     _, remainder = reference.parts(values, index)
     dense_half = weight.numel() // 2 * weight.element_size() + weight.numel() // 8
-    return Packed("two_four", values, index, weight.shape[0], weight.shape[1], kept, (BYTE,), dense_half + stored_bytes(remainder, index[1:]))
+    return Packed("two_four", values, index, weight.shape[0], weight.shape[1], kept, (BYTE,),
+                  dense_half + stored_bytes(remainder, index[1:]))

@@ -28,12 +28,14 @@ CONFIGS = tuple(
 
 
 @triton.jit
-def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, x_stride, y_row, y_column,
-                        V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-                        WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
+def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, x_stride, y_row,
+                        y_column, V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+                        PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+                        HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
     """Grid (blocks, tiles of BN columns, SPLITS).
 
-    x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: element (row, column of x) at row * y_row + column * y_column;
+    x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: element (row, column of x) at
+    row * y_row + column * y_column;
     partial: [SPLITS, blocks * V, tiles * BN] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
     """
     block = tl.load(order + tl.program_id(0))
@@ -124,9 +126,10 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     partial = x.new_empty(splits * blocks * height * tiles * width if splits > 1 else 1, dtype=torch.float32)
     counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
     precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    added = y if residual is None else residual
     vector_block_kernel[(blocks, tiles, splits)](
-        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, y if residual is None else residual,
-        partial, counter, rows, batch, stride, row_stride, column_stride,
+        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
+        rows, batch, stride, row_stride, column_stride,
         V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=precision, WIDEN=interpreted(),
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
     )

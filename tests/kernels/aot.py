@@ -29,10 +29,13 @@ def run16(full: bool) -> Iterator[dict]:
             continue
         word = ("*fp32" if kind == 2 else "*i16") if batch == 1 else "*i64"
         of_type = "*" + TYPES[kind]
-        pointers = {"x": word, "values": "*i64", "start": "*i16", "gaps": "*i64", "perm": "*i32", "slice_ptr": "*i32", "y": of_type, "scale": of_type,
+        pointers = {"x": word, "values": "*i64", "start": "*i16", "gaps": "*i64", "perm": "*i32", "slice_ptr": "*i32", "y": of_type,
+                    "scale": of_type,
                     "bias": of_type, "residual": of_type, "partial": "*fp32", "counter": "*i32"}
-        constants = {"NP": batch, "KIND": kind, "CODING": coding, "WIDE": False, "WARPS": config["warps"], "SPLITS": config["splits"], **FULL_EPILOGUE}
-        built = build(run16_kernel, pointers, dict.fromkeys(("rows", "columns", "batch"), "i32"), constants, capability, config["warps"], loops=batch == 1)
+        constants = {"NP": batch, "KIND": kind, "CODING": coding, "WIDE": False, "WARPS": config["warps"], "SPLITS": config["splits"],
+                     **FULL_EPILOGUE}
+        built = build(run16_kernel, pointers, dict.fromkeys(("rows", "columns", "batch"), "i32"), constants, capability, config["warps"],
+                      loops=batch == 1)
         body = max((len(loop) for loop in built.loops), default=0)
         facts = {"per_nonzero": body / 16 if batch == 1 else None, "coding": coding, "kind": TYPES[kind]}
         yield row("run16", f"{TYPES[kind]} coding {coding} N {batch} {config}", capability, built, config["warps"], **facts)
@@ -47,10 +50,12 @@ def vector_block(full: bool) -> Iterator[dict]:
         if (kind == "fp32" and c["width"] > 32) or (not full and capability != 90 and c["width"] != 128):
             continue
         of_type = "*" + kind
-        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type, "bias": of_type,
+        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
+                    "bias": of_type,
                     "residual": of_type, "partial": "*fp32", "counter": "*i32"}
         scalars = dict.fromkeys(("rows", "batch", "x_stride", "y_row", "y_column"), "i32")
-        constants = {"V": c["height"], "STEP": c["step"], "BN": c["width"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee", "WIDEN": False, **FULL_EPILOGUE}
+        constants = {"V": c["height"], "STEP": c["step"], "BN": c["width"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee",
+                     "WIDEN": False, **FULL_EPILOGUE}
         built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",))
         yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
 
@@ -65,11 +70,14 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         if (kind == "fp32" and c["height"] * c["pixels"] > 64 * 64) or (not full and kind == "fp16" and capability != 90):
             continue
         of_type = "*" + kind
-        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type, "bias": of_type,
+        pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
+                    "bias": of_type,
                     "residual": of_type, "partial": "*fp32", "counter": "*i32"}
-        scalars = dict.fromkeys(("rows", "pixels", "groups", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h", "pad_w",
+        scalars = dict.fromkeys(("rows", "pixels", "groups", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h",
+                                 "pad_w",
                                  "dilation_h", "dilation_w"), "i32")
-        constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee",
+        constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3,
+                     "PRECISION": "ieee",
                      "WIDEN": False, **FULL_EPILOGUE}
         built = build(sparse_conv_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("rows",))
         yield row("sparse_conv", f"{kind} {c}", capability, built, c["warps"], kind=kind, group=c["group"])
@@ -81,7 +89,8 @@ def compact(full: bool) -> Iterator[dict]:
     every = itertools.product(TYPES, CONFIGS, CAPABILITIES)
     for kind, c, capability in every if full else [("bf16", CONFIGS[-1], 90)]:
         pointers = {"values": "*" + kind, "bitmap": "*i32", "row_ptr": "*i64", "y": "*" + kind}
-        built = build(compact_decode_kernel, pointers, {"columns": "i32", "words": "i32"}, {"WORDS": c["words"]}, capability, c["warps"], loops=True)
+        built = build(compact_decode_kernel, pointers, {"columns": "i32", "words": "i32"}, {"WORDS": c["words"]}, capability, c["warps"],
+                      loops=True)
         counted = any("POPC" in opcode for loop in built.loops for opcode in loop)
         yield row("compact", f"{kind} {c}", capability, built, c["warps"], kind=kind, counted=counted)
 
@@ -90,7 +99,8 @@ KERNELS = {"run16": run16, "vector_block": vector_block, "sparse_conv": sparse_c
 
 
 def row(kernel: str, case: str, capability: int, built, warps: int, **facts) -> dict:
-    return {"kernel": kernel, "case": case, "capability": capability, "registers": built.registers, "stack": built.stack, "local": built.local,
+    return {"kernel": kernel, "case": case, "capability": capability, "registers": built.registers, "stack": built.stack,
+            "local": built.local,
             "shared": built.shared, "shared_limit": SHARED_LIMIT[capability], "threads": 32 * warps, "wgmma": "wgmma" in built.ptx,
             "cp_async": "cp.async" in built.ptx, **facts}
 

@@ -18,7 +18,8 @@ def check(lines: list[dict]) -> None:
     assert {(line["coding"], line["capability"]) for line in counted} >= {(0, 90), (1, 90)}
     assert [line for line in counted if not 5 < line["per_nonzero"] <= INSTRUCTIONS_PER_NONZERO[line["coding"]]] == []
     assert all(line["counted"] for line in lines if line["kernel"] == "compact"), "no population count instruction"
-    hopper = [line for line in lines if line["kernel"] in ("vector_block", "sparse_conv") and line["capability"] == 90 and line["kind"] in ("bf16", "fp16")]
+    hopper = [line for line in lines if line["kernel"] in ("vector_block", "sparse_conv") and line["capability"] == 90
+              and line["kind"] in ("bf16", "fp16")]
     assert hopper and all(line["wgmma"] and line["cp_async"] for line in hopper)
 
 

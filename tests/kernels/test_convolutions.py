@@ -42,7 +42,8 @@ def example(geometry, name="csr", dtype=torch.float32, batch=2, **options):
 def call(packed, geometry, x, values=None, scale=None, bias=None, residual=None, activation="none"):
     op = formats.conv_operator(packed.format)
     values = packed.values if values is None else values
-    return op(x, values, packed.index, scale, bias, residual, packed.rows, packed.columns, packed.kept, list(packed.options), activation, *geometry[4:])
+    return op(x, values, packed.index, scale, bias, residual, packed.rows, packed.columns, packed.kept, list(packed.options), activation,
+              *geometry[4:])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -83,7 +84,8 @@ def test_torch_library_checks(name):
     geometry = GEOMETRIES[1]
     _, packed, x = example(geometry, name)
     values = packed.values.clone().requires_grad_()
-    arguments = (x.requires_grad_(), values, packed.index, None, torch.randn(7), None, 7, 45, packed.kept, list(packed.options), "relu", *geometry[4:])
+    arguments = (x.requires_grad_(), values, packed.index, None, torch.randn(7), None, 7, 45, packed.kept, list(packed.options), "relu",
+                 *geometry[4:])
     torch.library.opcheck(formats.conv_operator(name), arguments)
 
 

@@ -91,7 +91,8 @@ def test_fine_tuning_keeps_the_mask_and_equals_dense_training_on_it(name):
 
 
 def test_compile_and_export():
-    module = nn.Sequential(SparseLinear.from_dense(linear(), activation="relu"), nn.Unflatten(1, (33, 1, 1)), nn.Conv2d(33, 6, 1), SparseConv2d.from_dense(conv()))
+    module = nn.Sequential(SparseLinear.from_dense(linear(), activation="relu"), nn.Unflatten(1, (33, 1, 1)), nn.Conv2d(33, 6, 1),
+                           SparseConv2d.from_dense(conv()))
     x = torch.randn(5, 48)
     expected = module(x)
     torch.testing.assert_close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), expected)
@@ -129,6 +130,9 @@ def test_what_cannot_be_packed_is_refused():
 
 
 def test_package_imports_without_triton_and_without_torch():
-    code = "import sys; sys.modules['triton'] = None; import kernels; assert 'torch' not in sys.modules; from kernels import SparseLinear, sparsify; print('ok')"
+    code = (
+        "import sys; sys.modules['triton'] = None; import kernels; assert 'torch' not in sys.modules; "
+        "from kernels import SparseLinear, sparsify; print('ok')"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr

@@ -21,7 +21,8 @@ def cache(tmp_path, monkeypatch):
 
 def network() -> nn.Sequential:
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(), nn.Linear(32 * 64, 64), nn.Linear(64, 10)
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten(),
+        nn.Linear(32 * 64, 64), nn.Linear(64, 10)
     )
     generator = torch.Generator().manual_seed(0)
     for number, sparsity in ((3, 0.9), (5, 0.95)):
@@ -32,8 +33,10 @@ def network() -> nn.Sequential:
 
 def with_times(monkeypatch, ratio: float, network_ratio: float = 2.0) -> None:
     """Every sparse form takes 1 / ratio of dense, the sparse network 1 / network_ratio."""
-    monkeypatch.setattr(choose, "_measure", lambda layer, offered, *rest: {"dense": 100.0, **{label: 100.0 / ratio + i for i, label in enumerate(offered)}})
-    monkeypatch.setattr(timing, "on_cpu", lambda calls, seconds: [timing.Timing(100.0, 90, 110, 5), timing.Timing(100.0 / network_ratio, 90, 110, 5)])
+    monkeypatch.setattr(choose, "_measure", lambda layer, offered,
+                        *rest: {"dense": 100.0, **{label: 100.0 / ratio + i for i, label in enumerate(offered)}})
+    monkeypatch.setattr(timing, "on_cpu", lambda calls, seconds: [timing.Timing(100.0, 90, 110, 5), timing.Timing(100.0 / network_ratio, 90,
+                                                                                                                  110, 5)])
 
 
 def test_faster_forms_replace_their_layers(monkeypatch):
@@ -69,10 +72,12 @@ def test_measurements_are_kept_and_reused(monkeypatch, cache):
     _, first = sparsify(model, x, seconds=0.02)
     rows = json.loads((cache / "kernels.json").read_text())
     assert len(rows) == 2 and all("dense" in row and "csr torch" in row for row in rows.values())
-    assert any("conv (32, 32, 3, 3)" in key and "(2, 32, 8, 8)" in key and "density 0.1" in key and torch.__version__ in key for key in rows)
+    assert any("conv (32, 32, 3, 3)" in key and "(2, 32, 8, 8)" in key and "density 0.1" in key and torch.__version__ in key
+               for key in rows)
     monkeypatch.setattr(choose, "_measure", lambda *args: pytest.fail("measured again"))
     _, second = sparsify(model, x)
-    assert [(c.layer, c.dense_us) for c in second.choices if c.layer in "35"] == [(c.layer, c.dense_us) for c in first.choices if c.layer in "35"]
+    assert [(c.layer, c.dense_us) for c in second.choices if c.layer in "35"] == [(c.layer, c.dense_us) for c in first.choices
+                                                                                  if c.layer in "35"]
 
 
 def test_another_batch_size_is_measured_anew(monkeypatch, cache):

@@ -1,0 +1,115 @@
+"""What the kernel benchmarks share: the machine's description, guarded comparisons, tables, plots and result files."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import timing
+from kernels.table import device_name
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def environment(device: torch.device) -> dict:
+    """Machine, library versions and threads that a speed belongs to."""
+    facts = {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "system": platform.platform()}
+    if device.type == "cuda":
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "copy_gb_s": copy_bandwidth(device)}
+        facts |= {"tf32_matmul": torch.backends.cuda.matmul.allow_tf32, "tf32_conv": torch.backends.cudnn.allow_tf32}
+    return facts
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s (read plus written) of copying 1 GiB on the GPU: what the share of bandwidth in the tables refers to."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    (taken,) = timing.on_cuda([[lambda: target.copy_(source)]], rounds=10)
+    return 2 * source.numel() / taken.median / 1e3
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius distance to the float64 result; infinite where y is not finite."""
+    if not bool(torch.isfinite(y).all()):
+        return math.inf
+    return float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def compare(alternatives: dict[str, Callable[[], Tensor]], expected: Tensor, seconds: float) -> dict[str, dict]:
+    """CPU: {name: median, p10, p90 in us, ratio to "dense"} of the alternatives that are right; others {"wrong": error}."""
+    return _judge(alternatives, expected, lambda right: timing.on_cpu([alternatives[name] for name in right], seconds))
+
+
+def compare_cuda(alternatives: dict[str, Sequence[Callable[[], Tensor]]], expected: Tensor) -> dict[str, dict]:
+    """As `compare` on a GPU; each alternative is a list of the same call on copies of its weights."""
+    first = {name: calls[0] for name, calls in alternatives.items()}
+    return _judge(first, expected, lambda right: timing.on_cuda([alternatives[name] for name in right]))
+
+
+def _judge(calls: dict[str, Callable[[], Tensor]], expected: Tensor, measure: Callable[[list[str]], list[timing.Timing]]) -> dict[str,
+                                                                                                                                  dict]:
+    rows: dict[str, dict] = {}
+    for name, call in calls.items():
+        try:
+            y = call()
+        except (RuntimeError, ValueError, NotImplementedError) as failure:
+            rows[name] = {"failed": str(failure).splitlines()[0]}
+            continue
+        distance = error(y, expected)
+        if distance > TOLERANCE[y.dtype]:
+            rows[name] = {"wrong": distance}
+    right = [name for name in calls if name not in rows]
+    taken = dict(zip(right, measure(right)))
+    for name, t in taken.items():
+        rows[name] = {"us": t.median, "p10": t.p10, "p90": t.p90, "runs": t.runs, "ratio": taken["dense"].median / t.median}
+    return rows
+
+
+def write(name: str, device: torch.device, rows: list[dict]) -> Path:
+    """benchmarks/results/<name>.json with the environment and one object per case."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def line(label: str, result: dict[str, dict]) -> str:
+    """One line of a table: the dense time, and each rival's ratio with its 10th to 90th percentile."""
+    dense = result["dense"]["us"]
+    parts = [f"{label}: dense {dense:.0f} us"]
+    for name, row in result.items():
+        if "us" in row and name != "dense":
+            parts.append(f"{name} {row['ratio']:.2f} ({dense / row['p90']:.2f}..{dense / row['p10']:.2f})")
+        elif "us" not in row:
+            parts.append(f"{name} {'wrong' if 'wrong' in row else 'failed'}")
+    return ", ".join(parts)
+
+
+def plot(path: Path, title: str, curves: dict[str, list[tuple[float, float]]], bound: Callable[[float], float] | None = None) -> None:
+    """Ratio to dense against sparsity, one curve per name, 1 marked and the byte bound dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, points in curves.items():
+        ordered = sorted(points)
+        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], marker="o", label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    if bound is not None:
+        sparsities = sorted({p[0] for points in curves.values() for p in points})
+        axes.plot(sparsities, [bound(s) for s in sparsities], linestyle="--", color="grey", label="byte bound")
+    axes.set(title=title, xlabel="sparsity", ylabel="dense time / sparse time", yscale="log")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

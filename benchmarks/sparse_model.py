@@ -1,0 +1,98 @@
+"""Latency of whole masked networks before and after `sparsify`: the curve of time against sparsity that masks alone leave flat.
+
+    python -m benchmarks.sparse_model [--device cuda] [--cases cifar imagenet] [--batches 1 128] [--models vgg16 resnet50]
+
+Every convolution and linear layer except the first is masked to the same sparsity (random weights: the time does not depend on their
+values, only on
+where zeros are; smallest magnitudes are removed). Both networks are timed in turns in one process. On a GPU the weights are bfloat16 and
+channels_last. Writes results/sparse_model_<device>.json and a plot per network.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from benchmarks import _timing
+from compress.siblings import own
+from kernels import sparsify, timing
+
+SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
+CASES = {"cifar": (10, 32, {"vgg16": "vgg16", "resnet50": "torchvision/resnet50"}),
+         "imagenet": (1000, 224, {"vgg16": "torchvision/vgg16", "resnet50": "torchvision/resnet50"})}
+
+
+def masked_network(name: str, classes: int, sparsity: float) -> nn.Module:
+    """The network with that fraction of each layer's weights set to zero, the first layer left dense."""
+    torch.manual_seed(0)
+    model = own("models").build(name, classes).eval()
+    layers = [m for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear)][1:]
+    with torch.no_grad():
+        for layer in layers:
+            flat = layer.weight.abs().flatten()
+            count = int(sparsity * flat.numel())
+            if count:
+                layer.weight.mul_((flat > flat.kthvalue(count).values).view_as(layer.weight))
+    return model
+
+
+def measure(name: str, classes: int, size: int, sparsity: float, batch: int, device: torch.device, seconds: float) -> dict:
+    """Milliseconds before and after `sparsify`, which layers were replaced by what."""
+    model = masked_network(name, classes, sparsity).to(device)
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device)
+    if device.type == "cuda":
+        model, x = model.to(torch.bfloat16, memory_format=torch.channels_last), x.to(torch.bfloat16, memory_format=torch.channels_last)
+    sparse, report = sparsify(model, x, seconds=seconds)
+    with torch.no_grad():
+        expected = model.double()(x.double()) if device.type == "cpu" else model(x).double()
+        model = model.to(x.dtype)
+        wrong = _timing.error(sparse(x), expected)
+        if wrong > _timing.TOLERANCE[x.dtype] * 10:
+            return {"wrong": wrong}
+        if device.type == "cuda":
+            before, after = timing.on_cuda([[lambda: model(x)], [lambda: sparse(x)]])
+        else:
+            before, after = timing.on_cpu([lambda: model(x), lambda: sparse(x)], max(3.0, 10 * seconds))
+    forms: dict[str, int] = {}
+    for choice in report.choices:
+        forms[choice.choice] = forms.get(choice.choice, 0) + 1
+    return {"before_ms": before.median / 1e3, "before_p10_p90": [before.p10 / 1e3, before.p90 / 1e3], "after_ms": after.median / 1e3,
+            "after_p10_p90": [after.p10 / 1e3, after.p90 / 1e3], "ratio": before.median / after.median, "layers": forms,
+            "note": report.note}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--models", nargs="+", default=["vgg16", "resnet50"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for measuring one layer")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    rows = []
+    for case in options.cases:
+        classes, size, names = CASES[case]
+        for model in options.models:
+            for batch in options.batches:
+                for sparsity in options.sparsities:
+                    row = {"model": model, "case": case, "batch": batch, "sparsity": sparsity,
+                           **measure(names[model], classes, size, sparsity, batch, device, options.seconds)}
+                    rows.append(row)
+                    print(row, flush=True)
+                    _timing.write(f"sparse_model_{device.type}", device, rows)
+    for case in options.cases:
+        for batch in options.batches:
+            curves = {m: [(r["sparsity"], r["ratio"]) for r in rows if (r["model"], r["case"], r["batch"]) == (m, case, batch)
+                          and "ratio" in r] for m in options.models}
+            path = _timing.RESULTS / f"sparse_model_{device.type}_{case}_{batch}.png"
+            _timing.plot(path, f"{case}, batch {batch}, {device.type}: before / after sparsify", curves)
+
+
+if __name__ == "__main__":
+    main()

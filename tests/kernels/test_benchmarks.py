@@ -1,0 +1,58 @@
+"""Oracle: given results and times; the benchmarks must show no speed for a form that fails or computes something else."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import _timing
+from benchmarks import kernels as gpu
+from kernels import timing
+
+from .subprocesses import ROOT
+
+
+def fixed(monkeypatch, medians: list[float]) -> None:
+    monkeypatch.setattr(timing, "on_cpu", lambda calls, seconds: [timing.Timing(m, 0.9 * m, 1.1 * m, 5) for m in medians[: len(calls)]])
+
+
+def test_wrong_and_failing_forms_show_no_speed(monkeypatch):
+    fixed(monkeypatch, [100.0, 50.0])
+    expected = torch.ones(3, dtype=torch.float64)
+
+    def fails():
+        raise RuntimeError("no such kernel\nmore")
+
+    calls = {
+        "dense": lambda: torch.ones(3),
+        "off": lambda: torch.full((3,), 1.01),
+        "nan": lambda: torch.full((3,), float("nan")),
+        "fails": fails,
+        "good": lambda: torch.ones(3),
+    }
+    rows = _timing.compare(calls, expected, 0.1)
+    assert rows["good"]["ratio"] == 2.0 and rows["dense"]["ratio"] == 1.0
+    assert rows["off"] == {"wrong": pytest.approx(0.01, rel=1e-3)} and rows["nan"]["wrong"] == float("inf")
+    assert rows["fails"] == {"failed": "no such kernel"}
+    text = _timing.line("case", rows)
+    assert "good 2.00 (1.82..2.22)" in text and "off wrong" in text and "fails failed" in text
+
+
+def test_byte_bound_of_run16():
+    """16 bits over 21 bits per kept weight in nibbles, 25 in bytes."""
+    assert gpu.byte_bound(0.5) == pytest.approx(1.52, abs=0.01) and gpu.byte_bound(0.9) == pytest.approx(6.4)
+
+
+@pytest.mark.parametrize("pattern, height, width", [("random", 1, 1), ("vectors", 64, 1), ("blocks", 64, 64), ("panels", 64, 16)])
+def test_masks_have_their_pattern_and_sparsity(pattern, height, width):
+    mask = gpu.mask(640, 2048, 0.7, pattern, torch.Generator().manual_seed(0))
+    cells = mask.view(640 // height, height, 2048 // width, width)
+    assert torch.equal(cells.any(3).any(1), cells.all(3).all(1))
+    assert float(mask.float().mean()) == pytest.approx(0.3, abs=0.06)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_benchmark_says_what_is_missing():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "needs an NVIDIA GPU and none was found" in done.stderr and "Traceback" not in done.stderr
