@@ -1,12 +1,13 @@
 """What collecting curvature statistics costs, against a plain forward and backward pass over the same images in the same run.
 
-    python benchmarks/curvature_cost.py [--networks resnet56 resnet50] [--batch 32] [--batches 4] [--repeats 5] [--device cpu] [--threads 1] [--memory]
+    python benchmarks/curvature_cost.py [--networks resnet56 resnet50] [--batch 32] [--batches 4] [--repeats 5] [--device cpu]
+                                        [--threads 1] [--positions 64] [--ekfac] [--memory]
 
 One label sample per image, the EKFAC pass apart. Variants: channel-only factors, full patch factors exact, and with sampled positions
 (`--positions`). The rival (`loss.backward()` of the mean cross-entropy in evaluation mode, gradients dropped afterwards) and all
-variants take turns within each repeat; reported are the medians of the ratios within a repeat, and their smallest and largest. What is done once
-per pass whatever the number of images (allocating and finishing the factors) is included. Goals: channel
-2x, full 4x, sampled 2.5x, and under 1 GB above the network's own peak at batch 128 on resnet32x4 (`--memory`).
+variants take turns within each repeat; reported are the medians of the ratios within a repeat, and their smallest and largest. What is
+done once per pass whatever the number of images (allocating and finishing the factors) is included. Goals: channel 2x, full 4x, sampled
+2.5x, and under 1 GB above the network's own peak at batch 128 on resnet32x4 (`--memory`).
 """
 
 from __future__ import annotations
@@ -62,8 +63,13 @@ def measure(name: str, batch: int, number: int, repeats: int, positions: int, de
     """Times and ratios of one network."""
     model, classes, size = build(name, device)
     generator = torch.Generator().manual_seed(1)
-    data = [(torch.randn(batch, 3, size, size, generator=generator).to(device), torch.randint(classes, (batch,), generator=generator).to(device))
-            for _ in range(number)]
+    data = [
+        (
+            torch.randn(batch, 3, size, size, generator=generator).to(device),
+            torch.randint(classes, (batch,), generator=generator).to(device),
+        )
+        for _ in range(number)
+    ]
     works = {
         "plain": lambda: plain(model, data),
         "channel": lambda: collect(model, data, patch="channel"),
@@ -79,10 +85,22 @@ def measure(name: str, batch: int, number: int, repeats: int, positions: int, de
     for _ in range(repeats):
         for key, work in works.items():
             times[key].append(seconds(work, device))
-    row: dict[str, object] = {"network": name, "input": [batch, 3, size, size], "batches": number, "repeats": repeats, "positions": positions, "plain_seconds": statistics.median(times["plain"])}
+    row: dict[str, object] = {
+        "network": name,
+        "input": [batch, 3, size, size],
+        "batches": number,
+        "repeats": repeats,
+        "positions": positions,
+        "plain_seconds": statistics.median(times["plain"]),
+    }
     for key in list(works)[1:]:
         ratios = [value / base for value, base in zip(times[key], times["plain"], strict=True)]
-        row[key] = {"ratio": round(statistics.median(ratios), 3), "lowest": round(min(ratios), 3), "highest": round(max(ratios), 3), "goal": GOALS.get(key)}
+        row[key] = {
+            "ratio": round(statistics.median(ratios), 3),
+            "lowest": round(min(ratios), 3),
+            "highest": round(max(ratios), 3),
+            "goal": GOALS.get(key),
+        }
     return row
 
 
@@ -106,7 +124,12 @@ def one_pass(name: str, kind: str, batch: int) -> None:
 def memory(name: str, batch: int) -> dict[str, object]:
     """Peak memory of the statistics pass beyond the plain pass's, factors included."""
     base = peak(name, "plain", batch)
-    return {"network": name, "batch": batch, "plain_peak_bytes": base, **{f"{kind}_beyond_plain_bytes": peak(name, kind, batch) - base for kind in ("channel", "full")}}
+    return {
+        "network": name,
+        "batch": batch,
+        "plain_peak_bytes": base,
+        **{f"{kind}_beyond_plain_bytes": peak(name, kind, batch) - base for kind in ("channel", "full")},
+    }
 
 
 def main() -> None:
@@ -123,7 +146,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads, "processor": platform.processor() or platform.machine()}
+    machine = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": args.threads,
+        "processor": platform.processor() or platform.machine(),
+    }
     if args.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     rows = []

@@ -18,9 +18,13 @@ from compress.curvature import squared_gradients
 class CObdOptions(Options):
     """Options of `c_obd`."""
 
-    fisher: Literal["true", "exact", "empirical"] = Field("true", description="labels drawn from the network, all classes weighted, or the data's labels")
+    fisher: Literal["true", "exact", "empirical"] = Field(
+        "true", description="labels drawn from the network, all classes weighted, or the data's labels"
+    )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
-    side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
+    side: Literal["producer", "consumer", "both"] = Field(
+        "producer", description="score what the channel costs where it is made, where it is read, or both"
+    )
 
 
 @CRITERIA.register("c_obd")

@@ -23,7 +23,9 @@ class HessianTraceOptions(Options):
     """Options of `hessian_trace`."""
 
     probes: int = Field(4, ge=1, description="random sign vectors per batch")
-    side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
+    side: Literal["producer", "consumer", "both"] = Field(
+        "producer", description="score what the channel costs where it is made, where it is read, or both"
+    )
 
 
 @CRITERIA.register("hessian_trace")
@@ -54,8 +56,13 @@ class HessianTrace(Criterion):
                 total += count
                 gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
                 for probe in range(options.probes):
-                    signs = [(torch.randint(0, 2, weight.shape, generator=generator, device=generator.device) * 2 - 1).to(weight) for weight in weights.values()]
-                    products = torch.autograd.grad(gradients, list(weights.values()), signs, retain_graph=probe + 1 < options.probes, allow_unused=True)
+                    signs = [
+                        (torch.randint(0, 2, weight.shape, generator=generator, device=generator.device) * 2 - 1).to(weight)
+                        for weight in weights.values()
+                    ]
+                    products = torch.autograd.grad(
+                        gradients, list(weights.values()), signs, retain_graph=probe + 1 < options.probes, allow_unused=True
+                    )
                     for name, sign, product in zip(weights, signs, products, strict=True):
                         if product is not None:
                             diagonal[name] += (sign * product).double() * (count / options.probes)

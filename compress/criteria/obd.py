@@ -1,4 +1,4 @@
-"""The row `OBD` of the EigenDamage table: Kron-OBD with the empirical Fisher (the data's labels instead of labels drawn from the network)."""
+"""The row `OBD` of the EigenDamage table: Kron-OBD with the empirical Fisher (the data's labels, not labels drawn from the network)."""
 
 from typing import Literal
 
@@ -12,7 +12,9 @@ from compress.criteria.second_order import SecondOrderOptions
 class EmpiricalOptions(SecondOrderOptions):
     """Options of `obd`."""
 
-    fisher: Literal["true", "exact", "empirical"] = Field("empirical", description="labels drawn from the network, all classes weighted, or the data's labels")
+    fisher: Literal["true", "exact", "empirical"] = Field(
+        "empirical", description="labels drawn from the network, all classes weighted, or the data's labels"
+    )
 
 
 @CRITERIA.register("obd")

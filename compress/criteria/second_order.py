@@ -30,9 +30,13 @@ ROLES = {"consumer": ("in",), "producer": ("out",), "both": ("out", "in"), "none
 class SecondOrderOptions(Options):
     """Options of the criteria that use Kronecker factors."""
 
-    fisher: Literal["true", "exact", "empirical"] = Field("true", description="labels drawn from the network, all classes weighted, or the data's labels")
+    fisher: Literal["true", "exact", "empirical"] = Field(
+        "true", description="labels drawn from the network, all classes weighted, or the data's labels"
+    )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
-    side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
+    side: Literal["producer", "consumer", "both"] = Field(
+        "producer", description="score what the channel costs where it is made, where it is read, or both"
+    )
     positions: int | None = Field(None, ge=1, description="use so many random positions per image for the factors; null: all")
     damping: float = Field(DAMPING, ge=0, description="added to the factors' diagonals before inversion, as a fraction of their mean")
 
@@ -41,8 +45,10 @@ class ObsOptions(SecondOrderOptions):
     """Options of the criteria that update the weights that stay."""
 
     compensation: Compensation = Field(
-        "consumer", description="layers that are updated: those that read the removed channels (they take over what these carried), those that made "
-        "them (as published), both (which corrects the same loss twice), or none")
+        "consumer",
+        description="layers that are updated: those that read the removed channels (they take over what these carried), those that made "
+        "them (as published), both (which corrects the same loss twice), or none",
+    )
 
 
 @dataclass
@@ -133,11 +139,21 @@ class SecondOrder(Criterion):
         views = {layer: view(model.get_submodule(layer), factors.pop(layer)) for layer in wanted}
         rows, columns = cls.row_formula(options), cls.column_formula(options)
         for _, members in picked:
-            yield sum((views[name(m)].rows(m.indices, rows) if m.role == "out" else views[name(m)].columns(m.indices, columns)).cpu() for m in members)
+            yield sum(
+                (views[name(m)].rows(m.indices, rows) if m.role == "out" else views[name(m)].columns(m.indices, columns)).cpu()
+                for m in members
+            )
 
     @classmethod
-    def compensate(cls, graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None = None,
-                   **options: Any) -> None:
+    def compensate(
+        cls,
+        graph: Any,
+        model: nn.Module,
+        removals: Mapping[Any, Any],
+        batches: Iterable[Any],
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
         """Updates the weights that stay, in place, for the channels that `graph.prune(model, removals)` will remove next.
 
         Does nothing for criteria without compensation (`compensates`). See `compensate`.
@@ -146,12 +162,18 @@ class SecondOrder(Criterion):
             compensate(graph, model, removals, batches, generator, cls.parse(options))
 
 
-def statistics(model: nn.Module, batches: Iterable[Any], layers: Iterable[str], generator: torch.Generator | None, options: Any) -> dict[str, LayerFactors]:
+def statistics(
+    model: nn.Module, batches: Iterable[Any], layers: Iterable[str], generator: torch.Generator | None, options: Any
+) -> dict[str, LayerFactors]:
     """Full-patch factors of the layers with the criterion's options."""
-    return collect(model, batches, layers=layers, fisher=options.fisher, samples=options.samples, positions=options.positions, generator=generator)
+    return collect(
+        model, batches, layers=layers, fisher=options.fisher, samples=options.samples, positions=options.positions, generator=generator
+    )
 
 
-def compensate(graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any) -> None:
+def compensate(
+    graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any
+) -> None:
     """Joint OBS update of the layers that lose columns (through A) or rows (through G), as `options.compensation` says, in place.
 
     All channels of one layer are compensated together: kept columns take over what the removed ones carried (least squares on the

@@ -67,5 +67,9 @@ class Taylor(Criterion):
         if total == 0:
             raise UserError("Criterion 'taylor' needs calibration images, and got no batch.")
         for group, members in picked:
-            values = [normalize(sums[name(m)][m.indices.to(sums[name(m)].device)].sum(1) / total, options.normalize) for m in members if name(m) in sums]
+            values = [
+                normalize(sums[name(m)][m.indices.to(sums[name(m)].device)].sum(1) / total, options.normalize)
+                for m in members
+                if name(m) in sums
+            ]
             yield aggregate(values, options.aggregate) if values else torch.zeros(group.size, dtype=torch.float64)

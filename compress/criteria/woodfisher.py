@@ -1,4 +1,4 @@
-"""WoodFisher (Singh and Alistarh 2020) for channels: 1/2 w_S^T ([F^-1]_SS)^-1 w_S, F = lambda I + 1/N sum_n g_n g_n^T over a layer's weights.
+"""WoodFisher (Singh and Alistarh 2020) for channels: 1/2 w_S^T ([F^-1]_SS)^-1 w_S, F = lambda I + 1/N sum_n g_n g_n^T over a layer.
 
 S is the channel's slice in one layer (rows with their biases' weights left out, or columns); losses of members add up. F is the empirical
 Fisher of N images (option `fisher`), its inverse is never formed: `compress.curvature.woodfisher`. The gradients of as many layers as
@@ -26,10 +26,17 @@ from compress.errors import UserError
 class WoodFisherOptions(Options):
     """Options of `woodfisher`."""
 
-    fisher: Literal["true", "empirical"] = Field("empirical", description="labels drawn from the network, or the data's labels (as published)")
-    side: Literal["producer", "consumer", "both"] = Field("producer", description="score what the channel costs where it is made, where it is read, or both")
-    compensation: Compensation = Field("consumer", description="layers whose remaining weights are updated: those that read the removed channels, "
-                                       "those that made them, both, or none")
+    fisher: Literal["true", "empirical"] = Field(
+        "empirical", description="labels drawn from the network, or the data's labels (as published)"
+    )
+    side: Literal["producer", "consumer", "both"] = Field(
+        "producer", description="score what the channel costs where it is made, where it is read, or both"
+    )
+    compensation: Compensation = Field(
+        "consumer",
+        description="layers whose remaining weights are updated: those that read the removed channels, "
+        "those that made them, both, or none",
+    )
     images: int = Field(256, ge=1, description="gradients of at most so many images (the first ones)")
     damping: float = Field(0.01, gt=0, description="lambda, as a fraction of the mean diagonal of the Fisher matrix")
     memory: int = Field(512 * 2**20, ge=1, description="bytes of gradients held at a time; at least one layer's are held")
@@ -60,8 +67,15 @@ class WoodFisher(Criterion):
         return scores
 
     @classmethod
-    def compensate(cls, graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None = None,
-                   **options: Any) -> None:
+    def compensate(
+        cls,
+        graph: Any,
+        model: nn.Module,
+        removals: Mapping[Any, Any],
+        batches: Iterable[Any],
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
         """Updates, in place and jointly per layer, the weights that stay when `graph.prune(model, removals)` removes channels next."""
         chosen = cls.parse(options)
         owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
@@ -115,7 +129,9 @@ def gradient_matrices(model: nn.Module, layers: Iterable[str], batches: Iterable
         yield from _pass(model, taken, chosen, seen, generator, options).items()
 
 
-def _pass(model: nn.Module, layers: list[str], batches: list[Any], images: int, generator: torch.Generator | None, options: WoodFisherOptions) -> dict[str, Tensor]:
+def _pass(
+    model: nn.Module, layers: list[str], batches: list[Any], images: int, generator: torch.Generator | None, options: WoodFisherOptions
+) -> dict[str, Tensor]:
     matrices: dict[str, Tensor] = {}
 
     def store(name: str, gradients: Tensor, rows: slice) -> None:

@@ -7,7 +7,18 @@ from torch import Tensor, distributed
 
 from compress.curvature.geometry import Geometry
 from compress.curvature.layer_factors import LayerFactors
-from compress.curvature.moments import (add_channels, add_gram, add_patches, add_rows, flat, mean_patches, mirror, natural_order, unfold_at, working)
+from compress.curvature.moments import (
+    add_channels,
+    add_gram,
+    add_patches,
+    add_rows,
+    flat,
+    mean_patches,
+    mirror,
+    natural_order,
+    unfold_at,
+    working,
+)
 
 PATCHES = ("full", "channel", "pixel")
 SHARINGS = ("expand", "reduce")
@@ -16,7 +27,9 @@ SHARINGS = ("expand", "reduce")
 class Sums:
     """Float64 sums of one layer; see `collect` for the options. `input_rows` counts windows over all images, decayed like the sums."""
 
-    def __init__(self, name: str, geometry: Geometry, patch: str, sharing: str, bias: bool, positions: int | None, device: torch.device) -> None:
+    def __init__(
+        self, name: str, geometry: Geometry, patch: str, sharing: str, bias: bool, positions: int | None, device: torch.device
+    ) -> None:
         self.name, self.geometry, self.patch, self.sharing, self.positions = name, geometry, patch, sharing, positions
         self.by_patch = patch == "full" or geometry.offsets == 1
         self.bias = bias and geometry.bias and self.by_patch

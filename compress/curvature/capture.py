@@ -20,7 +20,12 @@ def preserved(model: nn.Module, training: bool = False) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(module, name, buffer, buffer.detach().clone()) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         if training:
@@ -60,7 +65,9 @@ class Tape:
     def __enter__(self) -> Tape:
         for name, module in self._layers.items():
             if self._on_input is not None:
-                handle = module.register_forward_pre_hook(lambda _, args, kwargs, name=name: self._on_input(name, _first(args, kwargs)), with_kwargs=True)
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: self._on_input(name, _first(args, kwargs)), with_kwargs=True
+                )
                 self._stack.callback(handle.remove)
             if self._on_output is not None:
                 self._stack.callback(module.register_forward_hook(lambda _, args, output, name=name: self._watch(name, output)).remove)

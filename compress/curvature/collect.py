@@ -18,9 +18,23 @@ from compress.curvature.per_sample import ekfac as measure_second
 from compress.errors import RunError, UserError
 
 
-def collect(model: nn.Module, batches: Batches, *, layers: Iterable[str] | None = None, fisher: str = "true", samples: int = 1, patch: str = "full",
-            sharing: str = "expand", bias: bool = True, positions: int | None = None, loss: str = "cross_entropy",
-            generator: torch.Generator | None = None, ekfac: bool = False, decay: float | None = None, training: bool = False) -> dict[str, LayerFactors]:
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    layers: Iterable[str] | None = None,
+    fisher: str = "true",
+    samples: int = 1,
+    patch: str = "full",
+    sharing: str = "expand",
+    bias: bool = True,
+    positions: int | None = None,
+    loss: str = "cross_entropy",
+    generator: torch.Generator | None = None,
+    ekfac: bool = False,
+    decay: float | None = None,
+    training: bool = False,
+) -> dict[str, LayerFactors]:
     """K-FAC factors of every Linear and Conv2d that the network calls, as plain averages over the images.
 
     The network runs in evaluation mode; flags, buffers, hooks and `.grad` are as before afterwards, also when it raises. Under
@@ -121,7 +135,9 @@ def _finish(sums: dict[str, Sums], order: list[str], images: float, count: int, 
         bad = [what for what, moment in (("inputs", sums[name].inputs), ("output gradients", sums[name].gradients))
                if not torch.isfinite(moment.diagonal(dim1=-2, dim2=-1)).all()]
         if bad:
-            raise RunError(f"Layer {name!r} saw NaN or infinity in its {bad[0]} on the calibration data; check the images and the network's weights.")
+            raise RunError(
+                f"Layer {name!r} saw NaN or infinity in its {bad[0]} on the calibration data; check the images and the network's weights."
+            )
     factors = {}
     for name in list(sums):
         entry = sums.pop(name)

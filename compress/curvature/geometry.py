@@ -65,5 +65,15 @@ def geometry(module: nn.Module) -> Geometry:
         padding = (0, 0, 0, 0)
     else:
         padding = (module.padding[1],) * 2 + (module.padding[0],) * 2
-    return Geometry(True, module.in_channels, module.out_channels, tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation), padding,
-                    module.padding_mode, module.groups, bias)
+    return Geometry(
+        True,
+        module.in_channels,
+        module.out_channels,
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        tuple(module.dilation),
+        padding,
+        module.padding_mode,
+        module.groups,
+        bias,
+    )

@@ -61,7 +61,9 @@ def _solve(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     try:
         vectors, values, _ = torch.linalg.svd(matrix.cpu())
     except torch.linalg.LinAlgError as error:
-        raise RunError(f"The eigendecomposition of the {name} of size {matrix.shape[-1]} did not converge; use more calibration data.") from error
+        raise RunError(
+            f"The eigendecomposition of the {name} of size {matrix.shape[-1]} did not converge; use more calibration data."
+        ) from error
     return values.flip(-1).to(matrix.device), vectors.flip(-1).to(matrix.device)
 
 

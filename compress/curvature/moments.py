@@ -102,7 +102,7 @@ def add_channels(total: Tensor, x: Tensor, geometry: Geometry, pixels: bool = Fa
 
 
 def add_patches(total: Tensor, sums: Tensor, x: Tensor, geometry: Geometry) -> None:
-    """Adds sum a a^T to total [g, d, d] (upper triangle) and sum a to sums [g, d], windows in the order (kh, c, kw); x [b, c, h, w], not padded."""
+    """Adds sum a a^T to total [g, d, d] (upper triangle) and sum a to sums [g, d], windows in the order (kh, c, kw); x as above."""
     x = working(x)
     height, width = x.shape[2] + sum(geometry.padding[2:]), x.shape[3] + sum(geometry.padding[:2])
     rows, columns = geometry.positions((height, width))

@@ -1,9 +1,10 @@
 """Weight gradients of single images, and what is averaged over them: EKFAC second moments and squared gradients.
 
-Symbols: b images, per group g = o / groups outputs and d = c / groups kh kw (+ 1 for the bias) inputs; grad_n = sum_t g_t a_t^T [g, d], over
-all positions and all calls of a layer, in the order (c, kh, kw).
-    EKFAC  s = E_n[(Q_G^T grad_n Q_A)^2]   (George et al. 2018): the diagonal of the exact Fisher block in the Kronecker-factored eigenbasis,
-    hence its trace is exact and no diagonal in this basis is nearer to the block.
+Symbols: b images, per group g = o / groups outputs and d = c / groups kh kw (+ 1 for the bias) inputs;
+grad_n = sum_t g_t a_t^T [g, d], over all positions and all calls of a layer, in the order (c, kh, kw).
+    EKFAC  s = E_n[(Q_G^T grad_n Q_A)^2]   (George et al. 2018)
+This is the diagonal of the exact Fisher block in the Kronecker-factored eigenbasis, hence its trace is exact and no diagonal in this basis
+is nearer to the block.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], vis
         for index, gradient in gradients.items():
             x, version = entry.inputs[index]
             if x._version != version:
-                raise RunError(f"The input of layer {name!r} was overwritten in place before its gradient arrived; make that operation not in place.")
+                raise RunError(
+                    f"The input of layer {name!r} was overwritten in place before its gradient arrived; make that operation not in place."
+                )
             pairs.append((x, gradient))
         with torch.autocast(pairs[0][0].device.type, enabled=False):
             for chunk, value in _gradients(name, pairs, shapes[name], images, bias):
@@ -104,11 +107,15 @@ def _gradients(name: str, pairs: list[tuple[Tensor, Tensor]], shape: Geometry, i
     for x, gradient in pairs:
         if not shape.convolution:
             if x.numel() // x.shape[-1] % images:
-                raise UserError(f"The rows of layer {name!r} do not divide by the images of a batch, so that gradients of single images are unknown; exclude it.")
+                raise UserError(
+                    f"The rows of layer {name!r} do not divide by the images of a batch, so that gradients of one image are unknown; exclude it."
+                )
             x = x.reshape(images, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
             gradient = gradient.reshape(images, -1, gradient.shape[-1]).transpose(1, 2).unsqueeze(2)
         elif x.shape[0] != images:
-            raise UserError(f"Layer {name!r} saw {x.shape[0]} inputs for {images} images, so that gradients of single images are unknown; exclude it.")
+            raise UserError(
+                f"Layer {name!r} saw {x.shape[0]} inputs for {images} images, so that single images' gradients are unknown; exclude it."
+            )
         prepared.append((x, gradient))
         largest = max(largest, gradient[0, 0].numel() * width * g)
     step = images_per_chunk(3 * largest * 4)
@@ -138,8 +145,17 @@ def _reduce(tensors: list[Tensor], count: int) -> int:
     return int(number)
 
 
-def ekfac(model: nn.Module, batches: Batches, factors: dict[str, LayerFactors], *, fisher: str = "true", samples: int = 1, loss: str = "cross_entropy",
-          generator: torch.Generator | None = None, training: bool = False) -> None:
+def ekfac(
+    model: nn.Module,
+    batches: Batches,
+    factors: dict[str, LayerFactors],
+    *,
+    fisher: str = "true",
+    samples: int = 1,
+    loss: str = "cross_entropy",
+    generator: torch.Generator | None = None,
+    training: bool = False,
+) -> None:
     """Fills `second` of every LayerFactors from all batches; options as for `collect`.
 
     Raises
@@ -171,7 +187,9 @@ def ekfac(model: nn.Module, batches: Batches, factors: dict[str, LayerFactors], 
             rotated = q_g.transpose(1, 2) @ gradients[..., : q_a.shape[-1]] @ q_a
         total += rotated.square().sum(0, dtype=torch.float64)
         if not torch.isfinite(total).all():
-            raise RunError(f"Layer {entry.name!r} saw NaN or infinity in its weight gradients on the calibration data; check the images and the weights.")
+            raise RunError(
+                f"Layer {entry.name!r} saw NaN or infinity in its weight gradients; check the calibration images and the weights."
+            )
 
     count = visit(model, batches, modules, add, fisher=fisher, samples=samples, loss=loss, generator=generator, training=training)
     count = _reduce(list(totals.values()), count)

@@ -58,7 +58,9 @@ class Factors:
         """One `Factors` per group."""
         chunks = {name: tensor.chunk(self.groups) for name, tensor in self.tensors.items()}
         empty = dict.fromkeys(("input", "core", "output"))
-        return [Factors(**(empty | {name: parts[g] for name, parts in chunks.items()}), depthwise=self.depthwise) for g in range(self.groups)]
+        return [
+            Factors(**(empty | {name: parts[g] for name, parts in chunks.items()}), depthwise=self.depthwise) for g in range(self.groups)
+        ]
 
     @staticmethod
     def join(parts: list[Factors]) -> Factors:
@@ -136,7 +138,9 @@ def _grow(tensor: Tensor, size: int, dim: int) -> Tensor:
 def _balance_components(factors: Factors) -> Factors:
     """Every component r has the same norm in each factor that carries it."""
     carriers = {name: (1 if name == "output" else 0) for name in factors.tensors}
-    norms = {name: torch.linalg.vector_norm(tensor.transpose(0, carriers[name]).flatten(1), dim=1) for name, tensor in factors.tensors.items()}
+    norms = {
+        name: torch.linalg.vector_norm(tensor.transpose(0, carriers[name]).flatten(1), dim=1) for name, tensor in factors.tensors.items()
+    }
     product = torch.stack(list(norms.values())).prod(0)
     target = product ** (1 / len(norms))
     scaled = {}

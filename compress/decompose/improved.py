@@ -1,15 +1,15 @@
-"""Improved EigenDamage (the repository of the EigenDamage table): ranks from the eigenbasis, subspaces from Tucker-2, cycles of cut and growth.
+"""Improved EigenDamage (the repository of the EigenDamage table): ranks from the eigenbasis, subspaces from Tucker-2, cut and growth.
 
-One cycle: CUT takes statistics, scores rows and columns in the eigenbasis (EKFAC second moments, optionally a spatial third factor), thresholds
-them globally, and replaces every layer by a decomposition at the ranks that are left; the caller fine-tunes; GROW gives a part of the removed
-capacity back where the most saliency was lost; the caller fine-tunes at ten times the rate.
+One cycle: CUT takes statistics, scores rows and columns in the eigenbasis (EKFAC second moments, optionally a spatial third factor),
+thresholds them globally, and replaces every layer by a decomposition at the ranks that are left; the caller fine-tunes; GROW gives a part
+of the removed capacity back where the most saliency was lost; the caller fine-tunes at ten times the rate.
 
-Symbols as in `eigen`; K [kk, kk] second moment over kernel offsets, so that A ~= C (x) K. Shares: what a layer's removed rows (columns) held of the
-saliency removed in the whole cycle; kept as a moving average with `pool_momentum`.
+Symbols as in `eigen`; K [kk, kk] second moment over kernel offsets, so that A ~= C (x) K. Shares: what a layer's removed rows (columns)
+held of the saliency removed in the whole cycle; kept as a moving average with `pool_momentum`.
 
-`ImprovedOptions.published()` gives the published run, the defaults repair it: statistics are plain averages in evaluation mode, EKFAC uses all
-data, every side is normalised by its own sum, the nearest Kronecker product takes its sign from the traces, growth keeps the function
-(a copied filter, as published, doubles its component), biases are exact at padded borders, dilation and padding are forwarded.
+`ImprovedOptions.published()` gives the published run, the defaults repair it: statistics are plain averages in evaluation mode, EKFAC
+uses all data, every side is normalised by its own sum, the nearest Kronecker product takes its sign from the traces, growth keeps the
+function (a copied filter, as published, doubles its component), biases are exact at padded borders, dilation and padding are forwarded.
 Note that Tucker-2 commutes with rotations: the published method uses the curvature for the ranks only.
 """
 
@@ -44,24 +44,40 @@ class ImprovedOptions(EigenDamageOptions):
     rounds: int = Field(5, ge=1, description="cycles at most (published: up to 100)")
     skip_last: bool = Field(False, description="leave the last linear layer as it is")
     decomposition: Literal["usual", "tucker", "cp", "svd"] = Field(
-        "tucker", description="coordinates of the eigenbasis, Tucker-2, CP with a depthwise core, or the output SVD; the last two are final (no second cycle, no growth)")
+        "tucker",
+        description="coordinates of the eigenbasis, Tucker-2, CP with a depthwise core, or the output SVD; the last two allow one cycle only",
+    )
     spatial: Literal["none", "nearest", "partial_trace"] = Field(
-        "none", description="third factor over kernel offsets: none (channels only), of the nearest Kronecker product, or of partial traces")
+        "none", description="third factor over kernel offsets: none (channels only), of the nearest Kronecker product, or of partial traces"
+    )
     eigenvalues: Literal["all", "first_batch", "products"] = Field(
         "all", description="EKFAC second moments from all data, from the first batch (as published), or products of eigenvalues")
     moving_average: float | None = Field(None, gt=0, lt=1, description="moving average over batches (published: 0.9); null: plain average")
     training_mode: bool = Field(False, description="take the statistics in training mode (as published)")
-    damping: float = Field(0.0, ge=0, description="Tikhonov damping, split over the factors (published: 1e-3); acts on products of eigenvalues only")
+    damping: float = Field(
+        0.0, ge=0, description="Tikhonov damping, split over the factors (published: 1e-3); acts on products of eigenvalues only"
+    )
     back_ratio: float = Field(0.25, ge=0, lt=1, description="share of the removed rows and columns that growth gives back")
     pool_momentum: float = Field(0.5, ge=0, lt=1, description="weight of earlier cycles in the shares that growth draws from")
-    growth: Literal["preserving", "copy"] = Field("preserving", description="new filters that leave the function as it is, or copies of the last one (as published)")
+    growth: Literal["preserving", "copy"] = Field(
+        "preserving", description="new filters that leave the function as it is, or copies of the last one (as published)"
+    )
     allow_increase: bool = Field(False, description="replace layers even where they get no smaller")
 
     @staticmethod
     def published(**changes: Any) -> ImprovedOptions:
         """The published configuration."""
-        return ImprovedOptions(**{"eigenvalues": "first_batch", "moving_average": 0.9, "training_mode": True, "damping": 1e-3, "growth": "copy",
-                                  "accept": "params"} | changes)
+        return ImprovedOptions(
+            **{
+                "eigenvalues": "first_batch",
+                "moving_average": 0.9,
+                "training_mode": True,
+                "damping": 1e-3,
+                "growth": "copy",
+                "accept": "params",
+            }
+            | changes
+        )
 
     @property
     def form(self) -> str:
@@ -129,12 +145,16 @@ def _third_factor(entry: LayerFactors, weight: Tensor, options: ImprovedOptions)
     return channel, offsets
 
 
-def _importance(weight: Tensor, spectra: tuple[Spectrum, Spectrum], offsets: Spectrum | None, second: Tensor | None, options: ImprovedOptions) -> Sides:
+def _importance(
+    weight: Tensor, spectra: tuple[Spectrum, Spectrum], offsets: Spectrum | None, second: Tensor | None, options: ImprovedOptions
+) -> Sides:
     rotated = rotate(weight, spectra[0].vectors, spectra[1].vectors).reshape(*weight.shape[:2], -1)
     if offsets is not None:
         rotated = rotated @ offsets.vectors
     if second is None:
-        damped = tikhonov(*spectra, options.damping, offsets) if options.damping else (*spectra, *([offsets] if offsets is not None else []))
+        damped = (
+            tikhonov(*spectra, options.damping, offsets) if options.damping else (*spectra, *([offsets] if offsets is not None else []))
+        )
         second = damped[1].values[:, None] * damped[0].values
         if offsets is not None:
             second = second[..., None] * damped[2].values
@@ -180,25 +200,36 @@ def _remember(state: CycleState, scored: dict[str, Scored], kept: dict[str, Side
     lost = {}
     for name, sides in kept.items():
         entry = scored[name].sides
-        lost[name] = tuple((side.sum() - side[index.to(side.device)].sum()).clamp_min(0).item() for side, index in zip(entry, sides, strict=True))
+        lost[name] = tuple(
+            (side.sum() - side[index.to(side.device)].sum()).clamp_min(0).item() for side, index in zip(entry, sides, strict=True)
+        )
     total = sum(map(sum, lost.values())) or 1.0
     old = state.shares
-    state.shares = {name: tuple(momentum * before + (1 - momentum) * value / total for before, value in zip(old.get(name, (0.0, 0.0)), values, strict=True))
-                    for name, values in lost.items()}
-    state.removed = {name: tuple(side.numel() - len(index) for side, index in zip(scored[name].sides, sides, strict=True)) for name, sides in kept.items()}
+    state.shares = {
+        name: tuple(
+            momentum * before + (1 - momentum) * value / total for before, value in zip(old.get(name, (0.0, 0.0)), values, strict=True)
+        )
+        for name, values in lost.items()
+    }
+    state.removed = {
+        name: tuple(side.numel() - len(index) for side, index in zip(scored[name].sides, sides, strict=True))
+        for name, sides in kept.items()
+    }
 
 
 def grow(model: nn.Module, options: ImprovedOptions, state: CycleState, generator: torch.Generator | None = None) -> int:
-    """The GROW phase, in place: floor(back_ratio * removed) rows and columns, drawn with replacement by the shares; returns how many were added.
+    """The GROW phase, in place: floor(back_ratio * removed) rows and columns, drawn with replacement by the shares.
 
-    A side never grows beyond the layer's own width.
+    Returns how many were added; a side never grows beyond the layer's own width.
 
     Raises
     ------
     UserError: a decomposition that cannot grow (cp, svd).
     """
     if options.decomposition not in ("usual", "tucker"):
-        raise UserError(f"The decomposition {options.decomposition!r} of Improved EigenDamage cannot grow; set back_ratio to 0 and use one cycle.")
+        raise UserError(
+            f"The decomposition {options.decomposition!r} of Improved EigenDamage cannot grow; set back_ratio to 0 and use one cycle."
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     places = [(name, side) for name in state.shares for side in (0, 1)]
     weights = torch.tensor([state.shares[name][side] for name, side in places], dtype=torch.float64)
@@ -230,7 +261,12 @@ def _grown(factors: Factors, side: int, growth: str, generator: torch.Generator)
         core_slice, outer_row = core.narrow(dim, core.shape[dim] - 1, 1), outer[-1:]
     else:
         # a new direction on the side that reads, zero on the side that writes: the function stays, and gradients reach both
-        draw = torch.randn(core.narrow(dim, 0, 1).shape if side == 0 else outer[:1].shape, generator=generator, device=generator.device, dtype=torch.float64)
+        draw = torch.randn(
+            core.narrow(dim, 0, 1).shape if side == 0 else outer[:1].shape,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float64,
+        )
         draw = draw.to(core)
         if side == 0:
             norms = core.flatten(1).norm(dim=1).mean()

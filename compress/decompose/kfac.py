@@ -112,7 +112,9 @@ def kfac_tucker2(weight: Tensor, A: Tensor, G: Tensor, ranks: tuple[int, int], r
     return orthonormalise(factors).map(lambda tensor: tensor.to(weight.dtype).contiguous())
 
 
-def _best_subspaces(whitened: Tensor, spectrum_g: Spectrum, spectrum_c: Spectrum, ranks: tuple[int, int], sweeps: int) -> tuple[Tensor, Tensor]:
+def _best_subspaces(
+    whitened: Tensor, spectrum_g: Spectrum, spectrum_c: Spectrum, ranks: tuple[int, int], sweeps: int
+) -> tuple[Tensor, Tensor]:
     """HOOI from the HOSVD and from the eigenvectors that EigenDamage would keep; the subspaces with the larger energy."""
     rotated = torch.einsum("ocm,cd->odm", whitened, spectrum_c.vectors)
     keep = rotated.square().sum((0, 2)).argsort(descending=True)[: ranks[1]]

@@ -19,8 +19,17 @@ PLAIN: dict[str, Callable[..., Factors]] = {"svd": svd, "tucker2": tucker2, "cp"
 WEIGHTED: dict[str, Callable[..., Factors]] = {"eigendamage": eigendamage, "kfac_svd": kfac_svd, "kfac_tucker2": kfac_tucker2}
 
 
-def factorize(module: nn.Module, method: str | Factors = "tucker2", rank: int | tuple[int, int] | None = None, *, A: Tensor | None = None,
-              G: Tensor | None = None, input_shape: tuple[int, ...] | None = None, only_if_smaller: bool = True, **options: Any) -> nn.Module:
+def factorize(
+    module: nn.Module,
+    method: str | Factors = "tucker2",
+    rank: int | tuple[int, int] | None = None,
+    *,
+    A: Tensor | None = None,
+    G: Tensor | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    only_if_smaller: bool = True,
+    **options: Any,
+) -> nn.Module:
     """A block of two or three smaller layers in the place of a Linear or Conv2d; the module itself is not changed.
 
     Parameters
@@ -48,7 +57,9 @@ def factorize(module: nn.Module, method: str | Factors = "tucker2", rank: int | 
     return block if new[0] < old[0] and (input_shape is None or new[1] < old[1]) else module
 
 
-def _decompose(module: nn.Module, method: str, rank: int | tuple[int, int] | None, A: Tensor | None, G: Tensor | None, options: dict[str, Any]) -> Factors:
+def _decompose(
+    module: nn.Module, method: str, rank: int | tuple[int, int] | None, A: Tensor | None, G: Tensor | None, options: dict[str, Any]
+) -> Factors:
     if method not in PLAIN and method not in WEIGHTED:
         known = [*PLAIN, *WEIGHTED]
         raise UserError(f"Unknown decomposition {method!r}{nearest(method, known)}; known: {', '.join(known)}.")
@@ -59,7 +70,9 @@ def _decompose(module: nn.Module, method: str, rank: int | tuple[int, int] | Non
     if method in PLAIN:
         return _joined([PLAIN[method](part, rank, **options) for part in weights])
     if A is None or G is None:
-        raise UserError(f"The decomposition {method!r} needs the second moments A and G of the layer; collect them with compress.curvature.collect.")
+        raise UserError(
+            f"The decomposition {method!r} needs the second moments A and G of the layer; collect them with compress.curvature.collect."
+        )
     pairs = zip(A.reshape(groups, *A.shape[-2:]), G.reshape(groups, *G.shape[-2:]), strict=True)
     return _joined([WEIGHTED[method](part, a, g, rank, **options) for part, (a, g) in zip(weights, pairs, strict=True)])
 

@@ -86,7 +86,9 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     with torch.device("meta"):
         composed = tuple(recompose(factors.map(lambda tensor: tensor.to("meta"))).shape)
     if composed != shape or (convolution and factors.groups != module.groups):
-        raise UserError(f"The factors compose to a weight {composed} in {factors.groups} groups, but the layer has {shape}; give factors of this layer.")
+        raise UserError(
+            f"The factors compose to a weight {composed} in {factors.groups} groups, but the layer has {shape}; give factors of this layer."
+        )
     reference = next(module.parameters())
     names = list(factors.tensors)
     children: dict[str, nn.Module] = {}
@@ -100,7 +102,9 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     block = FactorizedConv2d() if convolution else FactorizedLinear()
     for name, child in children.items():
         # materialised one by one: initialising weights that are overwritten would only move the caller's random state
-        child.weight = nn.Parameter(factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(), reference.requires_grad)
+        child.weight = nn.Parameter(
+            factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(), reference.requires_grad
+        )
         if child.bias is not None:
             bias = layer_bias(module)
             child.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
@@ -129,7 +133,9 @@ def _conv(module: nn.Module, name: str, names: list[str], weight: Tensor, bias: 
         padding = tuple(value if own else 0 for value, own in zip(padding, mine, strict=True))
     elif not any(mine):
         padding = 0
-    stride, dilation = (tuple(value if own else 1 for value, own in zip(values, mine, strict=True)) for values in (module.stride, module.dilation))
+    stride, dilation = (
+        tuple(value if own else 1 for value, own in zip(values, mine, strict=True)) for values in (module.stride, module.dilation)
+    )
     return nn.Conv2d(weight.shape[1] * groups, weight.shape[0], kernel, stride, padding, dilation, groups, bias,
                      module.padding_mode if any(mine) else "zeros")
 
@@ -184,7 +190,7 @@ def smaller(new: nn.Module, old: nn.Module, input_shape: tuple[int, ...]) -> boo
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` at the dotted name; every other name under which the same module is reachable is replaced too (shared layers stay shared)."""
+    """Puts `new` at the dotted name, and at every other name under which the same module is reachable: shared layers stay shared."""
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):

@@ -30,18 +30,32 @@ BLOCKS = (FactorizedConv2d, FactorizedLinear)
 class EigenDamageOptions(Section):
     """Options of EigenDamage; the defaults are the published one-shot values."""
 
-    pool_fraction: float = Field(0.5, ge=0, lt=1, description="share of all row and column scores that one round removes (the published ratio), where no budget is given")
-    cap: float = Field(0.95, gt=0, le=1, description="largest fraction of a layer's rows, or columns, that one round removes (published: 0.95 one-shot, 0.5 iterative)")
+    pool_fraction: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="share of all row and column scores that one round removes (the published ratio), where no budget is given",
+    )
+    cap: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="largest fraction of a layer's rows, or columns, that one round removes (published: 0.95 one-shot, 0.5 iterative)",
+    )
     rounds: int = Field(1, ge=1, description="prune and fine-tune rounds (published: 7 with pool_fraction 0.5 and cap 0.5)")
     normalize: bool = Field(False, description="divide each layer's row scores and column scores by their sums")
     fix_rotation: bool = Field(False, description="keep the outer factors fixed during fine-tuning")
-    fisher: Literal["true", "exact", "empirical"] = Field("true", description="labels drawn from the network, all classes weighted, or the data's labels")
+    fisher: Literal["true", "exact", "empirical"] = Field(
+        "true", description="labels drawn from the network, all classes weighted, or the data's labels"
+    )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
     use_patch: bool = Field(True, description="channel covariance over the pixels of all windows; off: every input pixel once")
     ekfac: bool = Field(False, description="EKFAC second moments from all calibration data in the place of products of eigenvalues")
     depthwise: bool = Field(False, description="split the kept core into a depthwise convolution between 1x1 convolutions")
     skip_last: bool = Field(True, description="leave the last linear layer as it is")
-    accept: Literal["both", "params"] = Field("both", description="replace a layer only if it has fewer parameters and MACs, or (as published) no more parameters")
+    accept: Literal["both", "params"] = Field(
+        "both", description="replace a layer only if it has fewer parameters and MACs, or (as published) no more parameters"
+    )
 
     @property
     def form(self) -> str:
@@ -74,7 +88,12 @@ def targets(model: nn.Module, skip_last: bool = True, exclude: Sequence[str] = (
             continue
         if isinstance(module, BLOCKS):
             inside = (*inside, f"{name}.")
-            if module.factors().core is not None and len(module) == 3 and not getattr(module, "depthwise", False) and getattr(module, "groups", 1) == 1:
+            if (
+                module.factors().core is not None
+                and len(module) == 3
+                and not getattr(module, "depthwise", False)
+                and getattr(module, "groups", 1) == 1
+            ):
                 found[name] = f"{name}.core"
         elif type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
             found[name] = name

@@ -24,7 +24,10 @@ SVD_MODES = ("output", "input", "spatial")
 def check_weight(weight: Tensor) -> None:
     """UserError unless the weight is a finite floating-point [o, c] or [o, c, kh, kw] tensor with elements."""
     if weight.ndim not in (2, 4) or not weight.is_floating_point() or weight.numel() == 0:
-        raise UserError(f"A weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be decomposed; expected a floating-point [o, c] or [o, c, kh, kw].")
+        raise UserError(
+            f"A weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be decomposed; "
+            "expected a floating-point [o, c] or [o, c, kh, kw]."
+        )
     if not torch.isfinite(weight).all():
         raise UserError(f"The weight of shape {tuple(weight.shape)} holds NaN or infinity; a decomposition needs finite weights.")
 
@@ -92,7 +95,9 @@ def leading(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=True)[0][:, :rank]
 
 
-def hooi(tensor: Tensor, ranks: tuple[int, int], start: Tensor | None = None, sweeps: int = 25, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
+def hooi(
+    tensor: Tensor, ranks: tuple[int, int], start: Tensor | None = None, sweeps: int = 25, tolerance: float = 1e-10
+) -> tuple[Tensor, Tensor]:
     """Orthonormal bases U_o [o, r_o] and U_c [c, r_c] that maximise ||U_o^T T U_c||_F for T [o, c, m], by alternation.
 
     start: initial U_c [c, r_c]; the dominant subspace of the input mode (HOSVD) if None. The energy never falls below that of the start,
@@ -156,5 +161,7 @@ def cp(weight: Tensor, rank: int, sweeps: int = 100, seed: int = 0) -> Factors:
     left, right, kernel = (torch.from_numpy(np.asarray(mode)) for mode in modes)
     factors = Factors((right * torch.from_numpy(np.asarray(weights)) * scale).T, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)
     if not all(torch.isfinite(tensor).all() for tensor in factors.tensors.values()):
-        raise RunError(f"The CP decomposition of a weight {tuple(weight.shape)} at rank {rank} diverged; use a smaller rank or another decomposition.")
+        raise RunError(
+            f"The CP decomposition of a weight {tuple(weight.shape)} at rank {rank} diverged; use a smaller rank or another decomposition."
+        )
     return orthonormalise(factors).map(lambda tensor: tensor.to(weight).contiguous())

@@ -12,8 +12,17 @@ def convnet(seed=0, in_place=True):
     """Padding, stride, dilation, groups, bias, batch normalisation."""
     torch.manual_seed(seed)
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(in_place), nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(1, 2), groups=2),
-        nn.ReLU(in_place), nn.Conv2d(6, 4, 2, stride=2, bias=False), nn.ReLU(in_place), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(in_place),
+        nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(1, 2), groups=2),
+        nn.ReLU(in_place),
+        nn.Conv2d(6, 4, 2, stride=2, bias=False),
+        nn.ReLU(in_place),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).double()
     net[1].running_mean.copy_(randn(4, seed=seed) * 0.2)
     net[1].running_var.copy_(randn(4, seed=seed + 1).square() + 0.5)
     return net

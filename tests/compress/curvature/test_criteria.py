@@ -93,12 +93,17 @@ def test_a_row_score_is_the_kfac_loss_of_the_zeroed_row(net, data):
     entry = collect(net, data, fisher="exact")["a"]
     w = torch.cat([net.a.weight.detach().flatten(1), net.a.bias.detach()[:, None]], 1)
     H, indices = entry.block(), torch.arange(w.numel()).reshape(w.shape)
-    plain, compensated = (score(name, net, data, fisher="exact", **options)["a.weight"] for name, options in (("kron_obd", {}), ("kron_obs", {"damping": 1e-12})))
+    plain, compensated = (
+        score(name, net, data, fisher="exact", **options)["a.weight"]
+        for name, options in (("kron_obd", {}), ("kron_obs", {"damping": 1e-12}))
+    )
     for row in (0, 3):
         dw = torch.zeros_like(w)
         dw[row] = -w[row]
         torch.testing.assert_close(plain[row], dw.flatten() @ H @ dw.flatten() / 2)
-        torch.testing.assert_close(compensated[row], constrained_minimum(w.flatten(), H + 1e-12 * torch.eye(len(H)), indices[row])[1], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(
+            compensated[row], constrained_minimum(w.flatten(), H + 1e-12 * torch.eye(len(H)), indices[row])[1], rtol=1e-4, atol=1e-9
+        )
 
 
 def test_consumer_scores_are_the_loss_of_columns_over_all_kernel_offsets(net, data):
@@ -225,7 +230,10 @@ def test_compensation_lowers_the_loss_of_the_cut_on_the_calibration_data(net, da
     graph.prune(plain, removal)
     CRITERIA[name].compensate(graph, compensated, removal, data, torch.Generator().manual_seed(0))
     graph.prune(compensated, removal)
-    distance = [functional.kl_div(m(x).log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True).item() for m in (plain, compensated)]
+    distance = [
+        functional.kl_div(m(x).log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True).item()
+        for m in (plain, compensated)
+    ]
     assert distance[1] < distance[0]
 
 

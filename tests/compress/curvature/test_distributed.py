@@ -17,8 +17,16 @@ SHARES = {0: slice(0, 5), 1: slice(5, 7)}
 def statistics(images):
     net = convnet()
     batches = [images[start:start + 2] for start in range(0, len(images), 2)]
-    entries = {**collect(net, batches, fisher="exact", ekfac=True), **{f"channel {k}": v for k, v in collect(net, batches, fisher="exact", patch="channel").items()}}
-    tensors = {f"{name} {kind}": getattr(entry, kind) for name, entry in entries.items() for kind in ("A", "G", "second") if getattr(entry, kind) is not None}
+    entries = {
+        **collect(net, batches, fisher="exact", ekfac=True),
+        **{f"channel {k}": v for k, v in collect(net, batches, fisher="exact", patch="channel").items()},
+    }
+    tensors = {
+        f"{name} {kind}": getattr(entry, kind)
+        for name, entry in entries.items()
+        for kind in ("A", "G", "second")
+        if getattr(entry, kind) is not None
+    }
     numbers = {name: torch.tensor([entry.n, entry.positions]) for name, entry in entries.items()}
     return tensors | numbers | squared_gradients(net, batches, fisher="exact")
 
@@ -34,7 +42,9 @@ def share(rank, store, images):
 def test_processes_with_unequal_shares_get_the_result_of_all_images(tmp_path):
     images = randn(7, 2, 8, 9)
     alone = statistics(images)
-    other = subprocess.Popen([sys.executable, "-m", __name__, str(tmp_path / "store"), str(tmp_path / "other.pt")], cwd=Path(__file__).parents[3])
+    other = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(tmp_path / "store"), str(tmp_path / "other.pt")], cwd=Path(__file__).parents[3]
+    )
     mine = share(0, tmp_path / "store", images)
     assert other.wait(timeout=60) == 0
     for result in (mine, torch.load(tmp_path / "other.pt", weights_only=True)):

@@ -96,14 +96,14 @@ def test_sampled_labels_converge_to_all_classes_weighted():
     net, x = mlp(), randn(8, 4)
     exact = collect(net, [x], fisher="exact")["0"].G
     errors = []
-    for samples in (16, 1024):
+    for samples in (16, 256):
         runs = [collect(net, [x], samples=samples, generator=torch.Generator().manual_seed(seed))["0"].G for seed in range(4)]
         errors.append(sum((run - exact).norm().item() for run in runs) / 4)
-        if samples == 1024:
+        if samples == 256:
             mean = torch.stack(runs).mean(0)
-            assert (mean - exact).norm() < 0.06 * exact.norm()
-    # 1 / sqrt(64) = 1 / 8
-    assert errors[1] < errors[0] / 3
+            assert (mean - exact).norm() < 0.12 * exact.norm()
+    # 1 / sqrt(16) = 1 / 4
+    assert errors[1] < errors[0] / 2
 
 
 def test_several_samples_cost_one_forward_pass_and_average():

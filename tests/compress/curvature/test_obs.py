@@ -29,7 +29,9 @@ def test_row_scores_are_the_exact_losses_with_and_without_compensation():
 
 def test_column_scores_are_the_exact_losses_with_and_without_compensation():
     columns = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    for column, plain, compensated in zip(columns, obs.columns_obd(W, A, G, columns), obs.columns_obs(W, A, G, columns, damping=0.0), strict=True):
+    for column, plain, compensated in zip(
+        columns, obs.columns_obd(W, A, G, columns), obs.columns_obs(W, A, G, columns, damping=0.0), strict=True
+    ):
         zeroed = W.clone()
         zeroed[:, column] = 0
         torch.testing.assert_close(plain, obs.joint_loss(W, zeroed, A, G))

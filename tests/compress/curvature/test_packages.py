@@ -29,8 +29,15 @@ def test_kfac_products_equal_curvlinops(fisher):
 
     net, (x, y) = plain_convnet(), data()
     kind = FisherType.TYPE2 if fisher == "exact" else FisherType.EMPIRICAL
-    operator = curvlinops.KFACLinearOperator(net, nn.CrossEntropyLoss(), list(net.parameters()), [(x[:4], y[:4]), (x[4:], y[4:])], fisher_type=kind,
-                                             kfac_approx=KFACType.EXPAND, separate_weight_and_bias=False)
+    operator = curvlinops.KFACLinearOperator(
+        net,
+        nn.CrossEntropyLoss(),
+        list(net.parameters()),
+        [(x[:4], y[:4]), (x[4:], y[4:])],
+        fisher_type=kind,
+        kfac_approx=KFACType.EXPAND,
+        separate_weight_and_bias=False,
+    )
     ours = collect(net, [(x[:4], y[:4]), (x[4:], y[4:])], fisher=fisher)
     for name, entry in ours.items():
         close(entry.block(), curvlinops_block(operator, name))
@@ -53,7 +60,9 @@ def test_ekfac_equals_curvlinops():
         block = dense[start:start + weights + biases, start:start + weights + biases]
         # their order is all weights, then all biases; ours has the bias as the last column of every row
         width = weights // biases
-        order = torch.cat([torch.cat([torch.arange(row * width, (row + 1) * width), torch.tensor([weights + row])]) for row in range(biases)])
+        order = torch.cat(
+            [torch.cat([torch.arange(row * width, (row + 1) * width), torch.tensor([weights + row])]) for row in range(biases)]
+        )
         close(entry.block(corrected=True), block[order][:, order])
         start += weights + biases
 

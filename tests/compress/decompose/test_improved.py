@@ -76,7 +76,10 @@ def test_shares_are_the_removed_saliency_and_average_over_cycles():
     entries = cycle_scores(net, batches(), CUT)
     kept = select(entries, CUT)
     changed = cut(net, batches(), CUT, state)
-    lost = {name: [(side.sum() - side[index].sum()).item() for side, index in zip(entries[name].sides, kept[name], strict=True)] for name in changed}
+    lost = {
+        name: [(side.sum() - side[index].sum()).item() for side, index in zip(entries[name].sides, kept[name], strict=True)]
+        for name in changed
+    }
     total = sum(map(sum, lost.values()))
     for name in changed:
         assert state.shares[name] == pytest.approx([value / total / 2 for value in lost[name]], rel=1e-9)
@@ -122,7 +125,13 @@ def test_published_options_run_a_cycle_and_leave_the_buffers():
     net.train()
     buffers = {name: value.clone() for name, value in net.named_buffers()}
     options = ImprovedOptions.published(pool_fraction=0.4)
-    assert (options.moving_average, options.eigenvalues, options.training_mode, options.growth, options.cap) == (0.9, "first_batch", True, "copy", 0.5)
+    assert (options.moving_average, options.eigenvalues, options.training_mode, options.growth, options.cap) == (
+        0.9,
+        "first_batch",
+        True,
+        "copy",
+        0.5,
+    )
     assert cut(net, batches(), options, state, torch.Generator().manual_seed(0))
     grow(net, options, state, torch.Generator().manual_seed(0))
     assert net.training and all(torch.equal(value, buffers[name]) for name, value in net.named_buffers())

@@ -30,7 +30,9 @@ def loss(factors, w, A, G):
 def test_svd_loss_is_half_the_tail(shape, rank):
     w, A, G = randn(*shape), moment(randn(*shape)[0].numel(), 1), moment(6, 2)
     spectrum = whitened_spectrum(w, A, G, damping=0.0)
-    assert loss(kfac_svd(w, A, G, rank, damping=0.0), w, A, G) == pytest.approx(spectrum[rank:].square().sum().item() / 2, rel=1e-9, abs=1e-12)
+    assert loss(kfac_svd(w, A, G, rank, damping=0.0), w, A, G) == pytest.approx(
+        spectrum[rank:].square().sum().item() / 2, rel=1e-9, abs=1e-12
+    )
 
 
 def test_svd_is_no_worse_than_descent_from_many_starts():
@@ -131,7 +133,10 @@ def test_eigendamage_rows_are_the_best_coordinate_subset():
     w, A, G = randn(5, 4, 2, 2), moment(4, 1, 100.0), moment(5, 2, 100.0)
     spectra = bases(w, A, G)
     every = torch.arange(4)
-    losses = [loss(keep_coordinates(w, *(s.vectors for s in spectra), torch.tensor(rows), every), w, A, G) for rows in itertools.combinations(range(5), 3)]
+    losses = [
+        loss(keep_coordinates(w, *(s.vectors for s in spectra), torch.tensor(rows), every), w, A, G)
+        for rows in itertools.combinations(range(5), 3)
+    ]
     assert loss(eigendamage(w, A, G, (3, 4)), w, A, G) == pytest.approx(min(losses), rel=1e-9)
 
 

@@ -43,9 +43,17 @@ def full_rank(conv, method):
     kh, kw = conv.kernel_size
     name, _, mode = method.partition(" ")
     options = {"mode": mode} if mode else {}
-    rank = {"svd": min(o, c * kh * kw), "svd input": min(o * kh * kw, c), "svd spatial": min(o * kw, c * kh), "kfac_svd": min(o, c * kh * kw)}.get(method, (o, c))
+    rank = {
+        "svd": min(o, c * kh * kw),
+        "svd input": min(o * kh * kw, c),
+        "svd spatial": min(o * kw, c * kh),
+        "kfac_svd": min(o, c * kh * kw),
+    }.get(method, (o, c))
     if name.startswith("kfac") or name == "eigendamage":
-        options |= {"A": torch.stack([moment(c * kh * kw + 1, g) for g in range(conv.groups)]), "G": torch.stack([moment(o, g + 9) for g in range(conv.groups)])}
+        options |= {
+            "A": torch.stack([moment(c * kh * kw + 1, g) for g in range(conv.groups)]),
+            "G": torch.stack([moment(o, g + 9) for g in range(conv.groups)]),
+        }
     return name, rank, options
 
 
@@ -66,20 +74,27 @@ def test_full_rank_blocks_reproduce_the_convolution_at_its_borders(case, method)
 def test_full_rank_blocks_reproduce_a_linear_layer(method, bias):
     linear = nn.Linear(5, 7, bias=bias)
     options = {} if method in ("svd", "tucker2") else {"A": moment(5 + bias, 0), "G": moment(7, 1)}
-    block = factorize(linear, method, (7, 5) if method in ("tucker2", "eigendamage", "kfac_tucker2") else 5, only_if_smaller=False, **options)
+    block = factorize(
+        linear, method, (7, 5) if method in ("tucker2", "eigendamage", "kfac_tucker2") else 5, only_if_smaller=False, **options
+    )
     x = torch.randn(2, 3, 5)
     torch.testing.assert_close(block(x), linear(x), rtol=1e-5, atol=1e-5)
     assert (block[-1].bias is not None) == bias
 
 
-@pytest.mark.parametrize("factors", [
-    Factors(torch.randn(3, 6), torch.randn(4, 3, 3, 3), torch.randn(8, 4)),
-    Factors(None, torch.randn(4, 6, 3, 3), torch.randn(8, 4)),
-    Factors(torch.randn(3, 6), torch.randn(8, 3, 3, 3), None),
-    Factors(torch.randn(3, 6), torch.randn(3, 1, 3, 3), torch.randn(8, 3), depthwise=True),
-    Factors(None, torch.randn(3, 6, 3, 1), torch.randn(8, 3, 1, 3)),
-])
-@pytest.mark.parametrize("geometry", [dict(stride=2, padding=1), dict(padding="same", dilation=2), dict(padding=(2, 1), padding_mode="reflect")])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        Factors(torch.randn(3, 6), torch.randn(4, 3, 3, 3), torch.randn(8, 4)),
+        Factors(None, torch.randn(4, 6, 3, 3), torch.randn(8, 4)),
+        Factors(torch.randn(3, 6), torch.randn(8, 3, 3, 3), None),
+        Factors(torch.randn(3, 6), torch.randn(3, 1, 3, 3), torch.randn(8, 3), depthwise=True),
+        Factors(None, torch.randn(3, 6, 3, 1), torch.randn(8, 3, 1, 3)),
+    ],
+)
+@pytest.mark.parametrize(
+    "geometry", [dict(stride=2, padding=1), dict(padding="same", dilation=2), dict(padding=(2, 1), padding_mode="reflect")]
+)
 def test_every_form_computes_its_product_and_costs_what_is_counted(factors, geometry):
     conv = nn.Conv2d(6, 8, 3, **geometry)
     block = factorize(conv, factors, only_if_smaller=False)
@@ -145,7 +160,15 @@ def test_state_dict_safetensors_rebuild_and_export(tmp_path):
     fresh.load_state_dict(load_file(tmp_path / "w.safetensors"), strict=True)
     x = torch.randn(2, 6, 4, 4)
     assert torch.equal(fresh(x), net(x))
-    assert set(net.state_dict()) == {"0.input.weight", "0.core.weight", "0.output.weight", "0.output.bias", "3.input.weight", "3.output.weight", "3.output.bias"}
+    assert set(net.state_dict()) == {
+        "0.input.weight",
+        "0.core.weight",
+        "0.output.weight",
+        "0.output.bias",
+        "3.input.weight",
+        "3.output.weight",
+        "3.output.bias",
+    }
     exported = torch.export.export(net.eval(), (x,)).module()
     torch.testing.assert_close(exported(x), net(x))
 

@@ -10,7 +10,17 @@ from compress.curvature import collect
 from compress.curvature.quadratic import predicted_loss
 from compress.decompose import FactorizedConv2d, recompose
 from compress.decompose.modules import dense_weight
-from compress.decompose.rounds import EigenDamageOptions, accepted, apply_round, eigendamage_round, fraction_for, proposal, scores, select, targets
+from compress.decompose.rounds import (
+    EigenDamageOptions,
+    accepted,
+    apply_round,
+    eigendamage_round,
+    fraction_for,
+    proposal,
+    scores,
+    select,
+    targets,
+)
 from compress.decompose.selection import Sides, keep, normalized, pool, threshold
 from compress.errors import RunError, UserError
 from tests.compress.decompose.nets import batches, network
@@ -20,16 +30,27 @@ X = torch.cat([x for x, _ in batches()])
 
 
 def test_threshold_keeps_what_is_strictly_above_the_kth_score():
-    sides = {"a": Sides(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([2.0, 4.0])), "b": Sides(torch.tensor([10.0, 0.5]), torch.tensor([6.0]))}
+    sides = {
+        "a": Sides(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([2.0, 4.0])),
+        "b": Sides(torch.tensor([10.0, 0.5]), torch.tensor([6.0])),
+    }
     assert pool(sides).tolist() == [0.5, 1, 2, 3, 4, 5, 6, 10]
     kept = keep(sides, threshold(pool(sides), 0.5), 1.0)
-    assert [kept["a"].rows.tolist(), kept["a"].columns.tolist(), kept["b"].rows.tolist(), kept["b"].columns.tolist()] == [[0], [1], [0], [0]]
+    assert [kept["a"].rows.tolist(), kept["a"].columns.tolist(), kept["b"].rows.tolist(), kept["b"].columns.tolist()] == [
+        [0],
+        [1],
+        [0],
+        [0],
+    ]
     nothing = keep(sides, threshold(pool(sides), 0.0), 1.0)
     assert nothing["a"].rows.tolist() == [0, 1, 2] and nothing["b"].rows.tolist() == [0, 1]
 
 
 def test_cap_and_the_last_entry():
-    sides = {"a": Sides(torch.tensor([4.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])), "b": Sides(torch.tensor([9.0, 8.0]), torch.tensor([7.0]))}
+    sides = {
+        "a": Sides(torch.tensor([4.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0, 1.0, 1.0])),
+        "b": Sides(torch.tensor([9.0, 8.0]), torch.tensor([7.0])),
+    }
     kept = keep(sides, 5.0, 0.5)
     assert kept["a"].rows.tolist() == [0, 3] and len(kept["a"].columns) == 2 and kept["b"].columns.tolist() == [0]
     assert keep(sides, 100.0, 1.0)["a"].rows.tolist() == [0]
@@ -112,7 +133,9 @@ def test_rounds_merge_into_the_outer_factors():
     assert isinstance(second, FactorizedConv2d) and (second.input.in_channels, second.output.out_channels) == widths
     assert len(list(second.children())) == 3 and second.core.weight.numel() < first.core.weight.numel()
     assert sum(p.numel() for p in net.parameters()) < parameters
-    torch.testing.assert_close(second.output.weight.flatten(1).T @ second.output.weight.flatten(1), torch.eye(second.core.out_channels, dtype=torch.float64))
+    torch.testing.assert_close(
+        second.output.weight.flatten(1).T @ second.output.weight.flatten(1), torch.eye(second.core.out_channels, dtype=torch.float64)
+    )
 
 
 def test_depthwise_variant_merges_its_1x1_parts():

@@ -101,7 +101,13 @@ def test_orthonormalisation_keeps_the_product(factors):
     balanced = orthonormalise(factors)
     torch.testing.assert_close(recompose(balanced), recompose(factors), rtol=1e-10, atol=1e-10)
     assert {name: t.shape for name, t in balanced.tensors.items()} == {name: t.shape for name, t in factors.tensors.items()}
-    if factors.core is not None and factors.input is not None and factors.output is not None and not factors.depthwise and factors.groups == 1:
+    if (
+        factors.core is not None
+        and factors.input is not None
+        and factors.output is not None
+        and not factors.depthwise
+        and factors.groups == 1
+    ):
         eye = torch.eye(4, dtype=torch.float64)
         torch.testing.assert_close(balanced.output.T @ balanced.output, eye)
         torch.testing.assert_close(balanced.input @ balanced.input.T, eye[:3, :3])
