@@ -56,3 +56,25 @@ def test_masks_have_their_pattern_and_sparsity(pattern, height, width):
 def test_gpu_benchmark_says_what_is_missing():
     done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "needs an NVIDIA GPU and none was found" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_side_of_the_gpu_benchmark_computes_the_same(monkeypatch):
+    """The benchmark's cases on the CPU path (every call runs once): each form that can run here must agree with float64."""
+    def once(calls, rounds=30):
+        return [timing.Timing(float(len(alternatives)), 1.0, 1.0, len([call() for call in alternatives])) for alternatives in calls]
+
+    monkeypatch.setattr(timing, "on_cuda", once)
+    monkeypatch.setattr(timing, "copies_needed", lambda size, device: 2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        random = gpu.linear_case(128, 256, 8, 0.8, "random", torch.float32, generator, peers=True)
+        assert {name for name, side in random.items() if "us" in side} == {"dense", "run16 nibbles", "run16 bytes", "torch CSR"}
+        wide = gpu.linear_case(128, 256, 64, 0.8, "random", torch.bfloat16, generator, peers=False)
+        assert {name for name, side in wide.items() if "us" in side} == {"dense", "two_four"}
+        blocks = gpu.linear_case(128, 256, 64, 0.8, "blocks", torch.float32, generator, peers=True)
+        assert {name for name, side in blocks.items() if "us" in side} >= {"dense", "vector_block 64", "vector_block 128"}
+        conv = gpu.convolution_case(16, 64, 3, 6, 1, 0.8, "panels", torch.float32, generator)
+        assert {name for name, side in conv.items() if "us" in side} == {"dense", "sparse_conv 64", "sparse_conv 128", "sparse_conv 64, full list"}
+    row = {"sparsity": 0.8, "times": {"dense": {"us": 10.0}, "run16 nibbles": {"us": 4.0}}}
+    gpu.describe(row, 40_000, 100.0)
+    assert row["times"]["dense"]["share_of_copy"] == pytest.approx(0.04) and row["times"]["run16 nibbles"]["weight_gb_s"] == pytest.approx(2.0)
