@@ -78,8 +78,27 @@ def write(name: str, device: torch.device, rows: list[dict]) -> Path:
     """benchmarks/results/<name>.json with the environment and one object per case."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    found = {"environment": environment(device), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if rows and "times" in rows[0]:
+        path.with_suffix(".md").write_text(table(found), encoding="utf-8")
     return path
+
+
+def table(found: dict) -> str:
+    """The ratios of a result file as a Markdown table: one line per case and side, one column per sparsity."""
+    sparsities = sorted({row["sparsity"] for row in found["rows"]})
+    lines = ["Dense time / sparse time, medians (10th to 90th percentile in the JSON file). " + found["environment"]["device"], ""]
+    lines += ["| case | form | " + " | ".join(f"{s:g}" for s in sparsities) + " |", "|---" * (2 + len(sparsities)) + "|"]
+    cells: dict[tuple[str, str], dict[float, str]] = {}
+    for row in found["rows"]:
+        case = f"{row['kind']} {row['name']}, N {row['columns']}" + (f", {row['pattern']}" if "pattern" in row else "")
+        for side, times in row["times"].items():
+            shown = f"{times['us']:.0f} us" if side == "dense" else f"{times['ratio']:.2f}" if "ratio" in times else "-"
+            cells.setdefault((case, side), {})[row["sparsity"]] = shown
+    for (case, side), values in cells.items():
+        lines.append(f"| {case} | {side} | " + " | ".join(values.get(s, "") for s in sparsities) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def line(label: str, result: dict[str, dict]) -> str:
