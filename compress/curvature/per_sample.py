@@ -108,7 +108,7 @@ def _gradients(name: str, pairs: list[tuple[Tensor, Tensor]], shape: Geometry, i
         if not shape.convolution:
             if x.numel() // x.shape[-1] % images:
                 raise UserError(
-                    f"The rows of layer {name!r} do not divide by the images of a batch, so that gradients of one image are unknown; exclude it."
+                    f"The rows of layer {name!r} do not divide by the images of a batch, so that no image has its own gradient; exclude it."
                 )
             x = x.reshape(images, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
             gradient = gradient.reshape(images, -1, gradient.shape[-1]).transpose(1, 2).unsqueeze(2)

@@ -45,7 +45,7 @@ class ImprovedOptions(EigenDamageOptions):
     skip_last: bool = Field(False, description="leave the last linear layer as it is")
     decomposition: Literal["usual", "tucker", "cp", "svd"] = Field(
         "tucker",
-        description="coordinates of the eigenbasis, Tucker-2, CP with a depthwise core, or the output SVD; the last two allow one cycle only",
+        description="coordinates of the eigenbasis, Tucker-2, CP with a depthwise core, or the output SVD; the last two run one cycle",
     )
     spatial: Literal["none", "nearest", "partial_trace"] = Field(
         "none", description="third factor over kernel offsets: none (channels only), of the nearest Kronecker product, or of partial traces"
