@@ -7,7 +7,7 @@ A configuration is a JSON object; what is not given takes the default below. `co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -121,7 +121,7 @@ class PruneConfig(Section):
     recalibration_images: int = Field(1024, ge=0, description="training images that BatchNorm statistics are measured on after surgery; 0: none")
     rounds: int = Field(1, ge=1, description="compress and fine-tune in so many rounds; finetune.epochs are those of one round")
     schedule: Literal["linear", "geometric", "cubic", "cosine", "one_cycle"] = Field("geometric", description="how the ratio is approached over several rounds")
-    seeds: list[int] = Field([0], min_length=1, description="each method and ratio is run once per seed")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, description="each method and ratio is run once per seed")
     verify: bool = Field(True, description="check after surgery that the cut network equals the masked original")
 
     @field_validator("ratios")

@@ -45,7 +45,9 @@ class Phase:
 
 def entry_name(config: Config, method: str, ratio: float, seed: int) -> str:
     """Folder name of an entry: `<method>-<budget><ratio>-s<seed>`."""
-    return f"{method}-{config.prune.budget}{ratio:g}-s{seed}"
+    short = f"{ratio:g}"
+    # Two ratios that agree in six digits must not share a folder.
+    return f"{method}-{config.prune.budget}{short if float(short) == ratio else repr(ratio)}-s{seed}"
 
 
 def phases(config: Config, method: str, ratio: float) -> list[Phase]:

@@ -46,6 +46,7 @@ FAULTS = [
     ("prune.allocation", "layerwise", "'uniform'"), ("prune.max_layer_ratio", 1.0, "less than 1"), ("prune.max_layer_ratio", 0, "greater than 0"),
     ("prune.round_to", 0, "greater than"), ("prune.exclude", "fc", "list"), ("prune.exclude", [3], "string"), ("prune.calibration_images", 0, "greater than"),
     ("prune.recalibration_images", -1, "greater than"), ("prune.seeds", [], "at least 1"), ("prune.seeds", [0, 0], "twice"), ("prune.seeds", 0, "list"),
+    ("prune.seeds", [-1], "greater than"), ("prune.seeds", [2**70], "less than"),
     ("prune.method_options", {"l1": 3}, "object"), ("prune.verify", "yes", "boolean"),
     ("benchmark", False, "object with keys"), ("benchmark.batch_size", 0, "greater than"), ("benchmark.seconds", 0, "greater than"), ("benchmark.threads", 0, "greater than"),
 ]

@@ -78,6 +78,12 @@ def test_the_same_command_again_trains_nothing_and_reports_the_same(finished, mo
     assert _rows(folder) == before
 
 
+def test_ratios_that_agree_in_six_digits_have_folders_of_their_own():
+    config = validate(SMALL)
+    assert entry.entry_name(config, "l1", 0.5, 0) == "l1-macs0.5-s0"
+    assert entry.entry_name(config, "l1", 0.50000001, 0) == "l1-macs0.50000001-s0"
+
+
 def test_another_configuration_under_the_same_name_is_refused(finished):
     changed = {**SMALL, "finetune": {"epochs": 2, "distill": {}}}
     with pytest.raises(UserError, match="`finetune.epochs` is 1 there and 2 now"):
