@@ -65,6 +65,8 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
             gathered = gathered.to(tl.float32)
         acc = tl.dot(tl.trans(w), gathered, acc, input_precision=PRECISION)
 
+    # Read again, so that it need not stay in a register during the loop.
+    block = tl.load(order + tl.program_id(0), volatile=True)
     row = block * V + v
     done = True
     if SPLITS > 1:
@@ -77,7 +79,7 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
     if done:
         if SPLITS > 1:
             acc = tl.zeros([V, BN], tl.float32)
-            for s in range(SPLITS):
+            for s in tl.static_range(SPLITS):
                 acc += tl.load(partial + s * size + spot, cache_modifier=".cg")
         corner = block.to(tl.int64) * V * y_row + tile.to(tl.int64) * BN * y_column
         target = v[:, None] * y_row + tl.arange(0, BN)[None, :] * y_column
