@@ -89,6 +89,19 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
     write_json(folder / NETWORK, network)  # last: a folder with this file is complete
 
 
+def read(folder: str | Path) -> tuple[dict[str, Any], Plan, bytes]:
+    """What `save` wrote: the description, the plan and the bytes of the weights; UserError where one is missing or damaged."""
+    folder = Path(folder)
+    network = read_json(folder / NETWORK, "network description")
+    if not isinstance(network, dict) or network.get("format") != FORMAT:
+        raise UserError(f"{folder / NETWORK} is not a network description of format {FORMAT}; it was written by another version or program.")
+    plan = Plan.from_json(_read(folder / PLAN, "plan").decode("utf-8", "replace"))
+    content = _read(folder / WEIGHTS, "weights")
+    if hashlib.sha256(content).hexdigest() != network.get("sha256"):
+        raise UserError(f"The weights {folder / WEIGHTS} are not the ones that {NETWORK} describes (checksum differs); copy the folder again.")
+    return network, plan, content
+
+
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Rebuild the network that `save` wrote; the result is in evaluation mode, on the CPU.
 
@@ -103,13 +116,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         For a missing, damaged or foreign folder, and for a network that the plan does not fit.
     """
     folder = Path(folder)
-    network = read_json(folder / NETWORK, "network description")
-    if not isinstance(network, dict) or network.get("format") != FORMAT:
-        raise UserError(f"{folder / NETWORK} is not a network description of format {FORMAT}; it was written by another version or program.")
-    plan = Plan.from_json(_read(folder / PLAN, "plan").decode("utf-8", "replace"))
-    content = _read(folder / WEIGHTS, "weights")
-    if hashlib.sha256(content).hexdigest() != network.get("sha256"):
-        raise UserError(f"The weights {folder / WEIGHTS} are not the ones that {NETWORK} describes (checksum differs); copy the folder again.")
+    network, plan, content = read(folder)
     if model is None:
         spec = network.get("build")
         if not isinstance(spec, dict):

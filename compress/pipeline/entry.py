@@ -24,12 +24,14 @@ from compress.config import Config
 from compress.config_file import to_json
 from compress.cost import count
 from compress.data import DataBundle
+from compress.errors import UserError
 from compress.graph import trace
-from compress.network_file import NETWORK, PLAN, WEIGHTS, read_weights, save
+from compress.network_file import NETWORK, PLAN, WEIGHTS, read, read_weights, save
 from compress.pipeline.checks import Prepared, context_for
 from compress.pipeline.folder import digest
 from compress.pipeline.stages import Base, Job, share
 from compress.plan import Plan, apply_plan
+from compress.report import entry_name as row_name
 from compress.schedule import sparsity_at
 from compress.train import evaluate, fit, recalibrate
 
@@ -45,9 +47,7 @@ class Phase:
 
 def entry_name(config: Config, method: str, ratio: float, seed: int) -> str:
     """Folder name of an entry: `<method>-<budget><ratio>-s<seed>`."""
-    short = f"{ratio:g}"
-    # Two ratios that agree in six digits must not share a folder.
-    return f"{method}-{config.prune.budget}{short if float(short) == ratio else repr(ratio)}-s{seed}"
+    return row_name({"method": method, "budget": config.prune.budget, "ratio": ratio, "seed": seed})
 
 
 def phases(config: Config, method: str, ratio: float) -> list[Phase]:
@@ -82,7 +82,7 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     result = {**info, "name": name, "key": key, "method": method, "ratio": ratio, "seed": seed}
     if job.dist.is_main:
         save(model, plan, folder, entry=name)
-        job.folder.finish(name, key, result)
+        job.folder.finish(name, key, result, [WEIGHTS, PLAN, NETWORK])
     _clean(job, name, every)
     return result
 
@@ -98,9 +98,9 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
            last: bool) -> tuple[nn.Module, Plan, dict[str, Any]]:
     """Change the network, fine-tune it; the trained network, the plan so far, and what was measured so far."""
     config, cut, trained = job.config, folder / "cut", folder / "trained"
-    if share(job.dist, (trained / NETWORK).is_file() if job.dist.is_main else None):
+    if share(job.dist, _is_whole(trained) if job.dist.is_main else None):
         return _read(job, trained)
-    if job.dist.is_main and not (cut / NETWORK).is_file():
+    if job.dist.is_main and not _is_whole(cut):
         _change(job, base, entry, phase, cut, model, plan, info)
     model, plan, info = _read(job, cut)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
@@ -165,6 +165,15 @@ def _context(job: Job, entry: _Entry, model: nn.Module, example: torch.Tensor, g
     batches = calibration(job.config, job.data, entry.seed) if chosen.needs_data else []
     graph = graph or trace(model, example, exclude=tuple(job.config.prune.exclude))
     return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a stored network with what was measured on it, undamaged."""
+    try:
+        network, _, _ = read(folder)
+    except UserError:
+        return False
+    return isinstance(network.get("info"), dict)
 
 
 def _read(job: Job, folder: Path) -> tuple[nn.Module, Plan, dict[str, Any]]:

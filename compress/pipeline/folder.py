@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,14 @@ def difference(old: Any, new: Any, path: str = "") -> str | None:
     if old == new:
         return None
     return f"`{path}` is {json.dumps(old)} there and {json.dumps(new)} now"
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 class RunFolder:
@@ -85,7 +93,8 @@ class RunFolder:
             except OSError:
                 raise UserError(f"Another process is working in {self.path}; wait for it, or give this run another `name`.") from None
             if mode == "overwrite":
-                for entry in self.path.iterdir():
+                # The configuration last: a kill in between leaves a folder that is still known as a run.
+                for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == RESOLVED):
                     if entry.name != LOCK:
                         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             if not (self.path / RESOLVED).is_file():
@@ -104,7 +113,12 @@ class RunFolder:
             stored = read_json(self.path / name / STAGE, "stage record")
         except UserError:
             return None
-        return stored["result"] if isinstance(stored, dict) and stored.get("key") == key and "result" in stored else None
+        if not isinstance(stored, dict) or stored.get("key") != key or "result" not in stored:
+            return None
+        files = stored.get("files", {})
+        if not isinstance(files, dict) or any(_sha256(self.path / name / file) != expected for file, expected in files.items()):
+            return None
+        return stored["result"]
 
     def begin(self, name: str, key: str) -> Path:
         """The folder of a stage that is to be (re)done; what an earlier, different stage left there is removed."""
@@ -120,10 +134,11 @@ class RunFolder:
         (folder / STAGE).unlink(missing_ok=True)
         return folder
 
-    def finish(self, name: str, key: str, result: Any) -> Any:
-        """Mark the stage as complete with its JSON `result`."""
+    def finish(self, name: str, key: str, result: Any, files: Iterable[str] = ()) -> Any:
+        """Mark the stage as complete with its JSON `result`; without its `files` as they are now it counts as not done."""
+        hashes = {file: _sha256(self.path / name / file) for file in files}
         try:
-            write_json(self.path / name / STAGE, {"key": key, "result": result})
+            write_json(self.path / name / STAGE, {"key": key, "result": result, "files": hashes})
         except ValueError as error:
             raise RunError(f"Stage {name} gave a value that is not a finite number: {error}.") from error
         return result

@@ -66,7 +66,7 @@ def base_stage(job: Job) -> Base:
         result = {"accuracy": accuracy, "history": list(history), "seconds": sum(epoch["seconds"] for epoch in history)}
         if job.dist.is_main:
             write_bytes(folder / WEIGHTS, weights_to_bytes(model))
-            job.folder.finish("base", key, result)
+            job.folder.finish("base", key, result, [WEIGHTS])
     if job.dist.is_main:
         # After the stage is marked, so that a kill in between loses nothing.
         shutil.rmtree(job.folder.stage("base") / "checkpoint", ignore_errors=True)

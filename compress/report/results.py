@@ -46,7 +46,10 @@ def entry_name(row: Row) -> str:
     """Name of the row's folder and of its details: `<method>-<budget><ratio>-s<seed>`, or `dense` for the unpruned network."""
     if row["method"] == "dense":
         return "dense"
-    return f"{row['method']}-{row['budget']}{row['ratio']:g}-s{row.get('seed') or 0}"
+    short = f"{row['ratio']:g}"
+    # Two ratios that agree in six digits must not share a name.
+    ratio = short if float(short) == row["ratio"] else repr(row["ratio"])
+    return f"{row['method']}-{row['budget']}{ratio}-s{row.get('seed') or 0}"
 
 
 def timings(rows: Sequence[Row]) -> list[str]:

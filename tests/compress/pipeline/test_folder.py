@@ -69,6 +69,33 @@ def test_a_damaged_stage_record_counts_as_not_done(tmp_path):
         assert folder.result("base", "k") is None
 
 
+def test_a_stage_whose_files_are_lost_or_changed_counts_as_not_done(tmp_path):
+    with _run(tmp_path).open("auto") as folder:
+        weights = folder.begin("base", "k") / "weights"
+        weights.write_bytes(b"abc")
+        folder.finish("base", "k", 1, ["weights"])
+        assert folder.result("base", "k") == 1
+        for damage in (lambda: weights.write_bytes(b"abd"), lambda: weights.write_bytes(b""), weights.unlink):
+            damage()
+            assert folder.result("base", "k") is None
+
+
+def test_an_interrupted_overwrite_leaves_a_run_folder(tmp_path, monkeypatch):
+    with _run(tmp_path).open("auto") as folder:
+        folder.finish("base", "k", 1)
+        folder.finish("another", "k", 1)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt), _run(tmp_path).open("overwrite"):
+        pass
+    monkeypatch.undo()
+    with _run(tmp_path, {"name": "r"}).open("overwrite") as folder:
+        assert folder.result("base", "k") is None
+
+
 def test_begin_keeps_the_work_of_the_same_stage_and_removes_that_of_another(tmp_path):
     with _run(tmp_path).open("auto") as folder:
         (folder.begin("e", "k") / "checkpoint").write_text("half")
