@@ -147,7 +147,7 @@ class BenchmarkConfig(Section):
     enabled: bool = Field(True, description="measure latency; parameters and MACs are always counted")
     batch_size: int = Field(64, ge=1, description="the second batch size, beside 1")
     seconds: float = Field(0.3, gt=0, description="shortest measuring time per network and batch size")
-    threads: int | None = Field(None, ge=1, description="CPU threads while measuring; null: as torch is set")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads while measuring; null: as torch is set")
 
 
 class Config(Section):
@@ -156,7 +156,7 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run folder below the output directory")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initial weights, data order and base training")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: torch's own choice")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch's own choice")
     deterministic: bool = Field(True, description="refuse non-deterministic operators where torch has a deterministic one")
     data: DataConfig = Field(default_factory=DataConfig, description="data set")
     model: ModelConfig = Field(default_factory=ModelConfig, description="network")

@@ -22,9 +22,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk is reported without a name
+            error.filename = str(path)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -46,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str = "JSON file") -> Any:
     """Read a JSON file; a missing, unreadable or malformed one is a `UserError` naming `what` and the place of the fault."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except FileNotFoundError:
         raise UserError(f"The {what} {path} does not exist.") from None
     except IsADirectoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from compress.errors import CompressError, UserError
 from compress.graph import ChannelGraph, trace
 from compress.methods import Context
 from compress.siblings import own
+from compress.train.modes import mode
+from compress.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,15 @@ def _imported(config: ModelConfig, num_classes: int) -> nn.Module:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    except AttributeError:
-        raise UserError(f"`model.import`: module {module_name!r} has no {function_name!r}.") from None
-    except Exception as error:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script without a main guard leaves by itself
         raise UserError(f"`model.import`: module {module_name!r} cannot be imported ({type(error).__name__}: {_line(error)}).") from error
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if function is None:
+        raise UserError(f"`model.import`: module {module_name!r} has no {function_name!r}.")
     try:
         model = function(num_classes=num_classes, **config.options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"`model.import`: {config.import_} failed with num_classes={num_classes} and the options ({type(error).__name__}: {_line(error)}).") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"`model.import`: {config.import_} returned {type(model).__name__}, expected a torch.nn.Module.")
@@ -108,17 +112,7 @@ def check(config: Config) -> Prepared:
     except UserError as error:
         raise UserError(*faults, *error.faults) from None
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad():
-            training = model.training
-            outputs = model.eval()(example)
-            model.train(training)
-    except Exception as error:
-        size = "x".join(map(str, shape))
-        raise UserError(*faults, f"`model`: {_name(config.model)} cannot take the {size} images of {config.data.name} ({_line(error)}).") from None
-    if not isinstance(outputs, Tensor) or outputs.shape != (1, num_classes):
-        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise UserError(*faults, f"`model`: {_name(config.model)} returns {got} for one image, expected [1, {num_classes}].")
+    faults += _forward_faults(config, model, num_classes, shape)
     if faults:
         raise UserError(*faults)
     if config.model.weights is not None:
@@ -134,6 +128,34 @@ def check(config: Config) -> Prepared:
     if faults:
         raise UserError(*faults)
     return Prepared(model, graph, example, num_classes)
+
+
+def _forward_faults(config: Config, model: nn.Module, num_classes: int, shape: tuple[int, int, int]) -> list[str]:
+    """Why the network cannot be evaluated, trained, copied or stored; it is left as it was, but for lazy parameters that now have a shape."""
+    name, images = _name(config.model), torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    doing = "evaluation"
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for count in (1, 2):
+                with mode(model, False):
+                    outputs = model(images[:count])
+                if not isinstance(outputs, Tensor) or outputs.shape != (count, num_classes):
+                    got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+                    return [f"`model`: {name} returns {got} for {count} image(s), expected [{count}, {num_classes}]."]
+            doing = "training"
+            with undisturbed(model):
+                model.train()
+                model(images)
+    except Exception as error:
+        return [f"`model`: {name} cannot take the {'x'.join(map(str, shape))} images of {config.data.name} ({doing}: {_line(error)})."]
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            return [f"`model`: {name} keeps {key!r} in its state_dict, which is no tensor ({type(value).__name__}) and cannot be stored."]
+    try:
+        copy.deepcopy(model)
+    except Exception as error:
+        return [f"`model`: {name} cannot be copied ({_line(error)})."]
+    return []
 
 
 def context_for(
@@ -167,7 +189,7 @@ def _name(config: ModelConfig) -> str:
     return config.import_ or str(config.name)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     if isinstance(error, CompressError):
         return str(error)
     lines = str(error).strip().splitlines()

@@ -11,7 +11,7 @@ import contextlib
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from compress.pipeline.folder import Mode, RunFolder
 from compress.pipeline.stages import Job, base_stage
 from compress.report import write_report, write_results
 from compress.train.distributed import Dist, connect
+from compress.train.loop import check_training
 
 Log = Callable[[str], None]
 
@@ -47,11 +48,20 @@ def run(config: Config, output_dir: Path, mode: Mode = "auto", log: Log | None =
     ------
     UserError, RunError, Terminated
     """
+    with _memory_errors(), connect(pick_device(config.device)) as dist:
+        return _run(config, output_dir, mode, log or (print_line if dist.is_main else _silent), dist)
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn the ways in which torch and Python run out of memory into one `RunError`."""
     try:
-        with connect(pick_device(config.device)) as dist:
-            return _run(config, output_dir, mode, log or (print_line if dist.is_main else _silent), dist)
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"The device ran out of memory ({str(error).splitlines()[0]}); lower data.batch_size.") from error
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RunError(f"The memory is not enough ({reason}); lower the batch sizes or the size of the network.") from error
 
 
 def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> Path:
@@ -66,6 +76,9 @@ def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> 
     data = load_data(config.data, seed=config.seed, device=dist.device)
     if config.data.download and dist.is_main:
         dist.barrier()
+    for section, batch_size in ((None if config.model.weights else config.train, None), (config.finetune, config.finetune.batch_size)):
+        if section is not None and section.epochs:
+            check_training(prepared.model, data, section, batch_size or config.data.batch_size, dist)
     job = Job(config, folder, data, prepared, dist, log)
     with folder.open(mode) if dist.is_main else contextlib.nullcontext():
         log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {dist.device}")
@@ -96,7 +109,11 @@ def dry_run(config: Config, log: Log | None = None) -> list[dict[str, Any]]:
 
     Statistics come from the network as it is before training, so the widths are those of the loaded weights, or of random ones.
     """
-    log = log or print_line
+    with _memory_errors():
+        return _dry_run(config, log or print_line)
+
+
+def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     prepared = check(config)
     needs_data = any(methods.method(name).needs_data for name in config.prune.methods)
     data = load_data(config.data, seed=config.seed, device=torch.device("cpu")) if needs_data else None

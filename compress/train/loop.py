@@ -29,7 +29,7 @@ from compress.train.signals import StopRequest
 from compress.train.state import History
 from compress.train.trainer import Trainer
 
-__all__ = ["History", "fit"]
+__all__ = ["History", "check_training", "fit"]
 
 
 def fit(
@@ -68,12 +68,16 @@ def fit(
     """
     distributed = distributed or Dist()
     distill = getattr(cfg, "distill", None)
-    _check(model, data, cfg, batch_size, teacher, distributed)
     limit = 2 * distributed.world_size
     bounds = batch_bounds(len(data.train), batch_size, min_last=limit)
     total = cfg.epochs * len(bounds) if steps is None else min(steps, cfg.epochs * len(bounds))
     if total == 0:
         return []
+    check_training(model, data, cfg, batch_size, distributed)
+    if distill is not None and teacher is None:
+        raise UserError("distill is set, but no teacher network was given.")
+    if teacher is model:
+        raise UserError("The teacher must be another network than the one that is trained.")
     trainer = Trainer(
         model=model,
         data=data,
@@ -97,9 +101,8 @@ def fit(
     return trainer.state.history
 
 
-def _check(
-    model: nn.Module, data: DataBundle, cfg: TrainConfig, batch_size: int, teacher: nn.Module | None, distributed: Dist
-) -> None:
+def check_training(model: nn.Module, data: DataBundle, cfg: TrainConfig, batch_size: int, distributed: Dist) -> None:
+    """Raise `UserError` for settings with which `fit` cannot train `model` on `data`."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("The network has no trainable parameter.")
     processes, images = distributed.world_size, len(data.train)
@@ -111,10 +114,6 @@ def _check(
         raise UserError(f"The batch size {batch_size} leaves a process one image, on which BatchNorm cannot train; raise data.batch_size.")
     if cfg.select == "val" and len(data.val) == 0:
         raise UserError("select is 'val', but there are no validation images; set data.val_fraction above 0 or select to 'last'.")
-    if getattr(cfg, "distill", None) is not None and teacher is None:
-        raise UserError("distill is set, but no teacher network was given.")
-    if teacher is model:
-        raise UserError("The teacher must be another network than the one that is trained.")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ FAULTS = [
     ("name", "", "run name"), ("name", "../up", "run name"), ("name", "a/b", "run name"), ("name", "a b", "run name"), ("name", 3, "string"), ("name", None, "string"),
     ("name", ".hidden", "run name"),
     ("seed", -1, "greater than or equal to 0"), ("seed", 1.5, "integer"), ("seed", "0", "integer"), ("seed", 2**31, "less than"), ("seed", True, "integer"),
-    ("device", "gpu", "device"), ("device", "cuda:x", "device"), ("device", 0, "string"), ("threads", 0, "greater than"), ("threads", "2", "integer"),
+    ("device", "gpu", "device"), ("device", "cuda:x", "device"), ("device", 0, "string"), ("threads", 0, "greater than"), ("threads", "2", "integer"), ("threads", 10**9, "less than"),
     ("deterministic", 1, "boolean"), ("deterministic", "yes", "boolean"),
     ("data", None, "object with keys"), ("data", [], "object with keys"), ("data", "cifar10", "object with keys"),
     ("data.nam", "digits", "did you mean 'name'"), ("data.name", 3, "string"), ("data.name", None, "string"),
@@ -91,6 +91,12 @@ def test_a_damaged_file_gives_one_sentence(tmp_path, content, words):
     with pytest.raises(UserError) as raised:
         load_config(path)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"seed": 3}')
+    assert load_config(path).seed == 3
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

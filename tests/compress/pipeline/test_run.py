@@ -10,7 +10,7 @@ from compress.config import DataConfig
 from compress.config_file import validate
 from compress.cost import count
 from compress.data import load_data
-from compress.errors import UserError
+from compress.errors import RunError, UserError
 from compress.pipeline import entry, stages
 from compress.pipeline.run import dry_run, run
 from compress.train import evaluate
@@ -21,6 +21,11 @@ SMALL = {
     "prune": {"methods": ["l1", "taylor_fo"], "ratios": [0.5, 0.8], "calibration_images": 128, "recalibration_images": 128},
     "benchmark": {"batch_size": 8, "seconds": 0.01},
 }
+
+
+def _own(function):
+    """The change that takes a network of `odd_networks`, with a ratio that all of them reach."""
+    return {"model": {"name": None, "import": f"tests.compress.pipeline.odd_networks:{function}"}, "prune": {"ratios": [0.2]}}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,12 @@ def test_another_configuration_under_the_same_name_is_refused(finished):
         run(validate(changed), finished[0].parent, log=lambda line: None)
 
 
+def test_running_out_of_memory_is_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="memory is not enough") as raised:
+        dry_run(validate({**SMALL, "model": {"name": "resnet20", "options": {"width": 1e12}}}), log=lambda line: None)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_damaged_entry_is_made_again_bit_for_bit(finished):
     folder = finished[0]
     file = folder / "l1-macs0.5-s0" / "model.safetensors"
@@ -133,6 +144,14 @@ def test_dry_run_writes_nothing_and_its_plan_is_the_one_that_is_carried_out(tmp_
     ({"data": {"mean": [0.1, 0.2, 0.3]}}, "1 channel"),
     ({"data": {"train_images": 100000}}, "100000"),
     ({"device": "cuda:77"}, "GPU"),
+    ({"data": {"val_fraction": 0}, "finetune": {"select": "val"}}, "no validation images"),
+    ({"finetune": {"batch_size": 1}}, "BatchNorm cannot train"),
+    (_own("evaluation_only"), "(training: evaluation only)"),
+    (_own("one_image"), "returns [1, 10] for 2 image(s)"),
+    (_own("extra_state"), "'_extra_state'"),
+    (_own("locked"), "cannot be copied"),
+    (_own("frozen"), "no trainable parameter"),
+    (_own("leaves"), "SystemExit: usage"),
 ])
 def test_what_only_the_pieces_together_show_is_one_sentence_and_nothing_is_written(tmp_path, change, words):
     with pytest.raises(UserError) as raised:
