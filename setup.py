@@ -51,7 +51,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "curvlinops-for-pytorch==3.0.1", "nngeometry>=0.4", *EXPORT],
         "bench": ["torch-pruning==1.6.1"],
     },
-    package_data={"compress.report": ["*.jinja", "*.css"]},
+    package_data={"": ["*.jinja", "*.css", "*.c"]},
     entry_points={"console_scripts": ["compress-prune=compress.cli:main"]},
     **layout,
 )

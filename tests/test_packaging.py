@@ -42,7 +42,7 @@ def test_the_wheel_claims_one_top_level_name_and_carries_everything(wheel):
     assert {name.split("/")[0] for name in files if ".dist-info" not in name} == {"compress"}
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "compress", "kernels", "models"], capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
-        if name.endswith((".py", ".jinja", ".css")):
+        if name.endswith((".py", ".jinja", ".css", ".c")):
             assert (name if name.startswith("compress/") else f"compress/{name}") in files, name
 
 
