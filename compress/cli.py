@@ -7,13 +7,18 @@ Exit codes: 0; 2 with one sentence per fault for what the user gave (configurati
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from compress import __version__
 from compress.config_file import load_config
-from compress.errors import CompressError
+from compress.errors import CompressError, Terminated
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,9 +43,38 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+class _Stopped(BaseException):
+    """SIGTERM outside of a training; no `except Exception` on the way may take it for a fault of what was running."""
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the run as Ctrl-C would; a training answers it itself (`compress.train.signals`)."""
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former if former is not None else signal.SIG_DFL)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = parser().parse_args(argv)
+    try:
+        with _sigterm():
+            return _main(arguments)
+    except _Stopped:
+        print("main_prune.py: SIGTERM was received; every finished stage is stored and the same command continues.", file=sys.stderr)
+        return Terminated.exit_code
+
+
+def _main(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config_path, arguments.overrides)
         from compress.pipeline.run import dry_run, run  # torch is imported only for a configuration that can be read

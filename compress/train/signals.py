@@ -30,3 +30,5 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._active:
             signal.signal(signal.SIGTERM, self._former if self._former is not None else signal.SIG_DFL)
+            if self.received and kind is None:  # it came after the last step had looked
+                signal.raise_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,36 @@ def test_every_kind_of_error_has_its_exit_code(tmp_path, capsys, monkeypatch, er
     assert got == code
     assert len(lines) == len(getattr(error, "faults", (error,)))
     assert all(line.startswith("main_prune.py: ") and line.endswith(".") for line in lines)
+
+
+def test_sigterm_outside_of_a_training_is_one_sentence_and_exit_143(tmp_path, capsys, monkeypatch):
+    import compress.pipeline.run
+
+    def stopped(*args, **kwargs):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("taken for a fault of the code that was running")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(compress.pipeline.run, "run", stopped)
+    code, lines = _main(tmp_path, capsys)
+    assert (code, len(lines)) == (143, 1) and "SIGTERM" in lines[0]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_after_the_last_step_of_a_training_is_not_lost(tmp_path, capsys, monkeypatch):
+    import compress.pipeline.run
+    from compress.train.signals import StopRequest
+
+    def stopped(*args, **kwargs):
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received
+        pytest.fail("went on")
+
+    monkeypatch.setattr(compress.pipeline.run, "run", stopped)
+    assert _main(tmp_path, capsys)[0] == 143
 
 
 def test_a_wrong_configuration_is_reported_by_the_script_itself_before_torch_is_imported(tmp_path):
