@@ -30,6 +30,28 @@ def check_density(density: float) -> None:
         raise UserError(f"A density is the fraction of weights kept, in (0, 1], got {density!r}.")
 
 
+_SAMPLE = 65_536
+
+
+def kth_lowest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th lowest of `values` `[n]`, count in 1..n.
+
+    In a large tensor it is sought between two values of an evenly spaced sample that should enclose it; where they do not, in all.
+    """
+    if values.device.type != "cpu":
+        # kthvalue is refused on a GPU in deterministic mode, for its index; sorting gives the same value.
+        return values.sort().values[count - 1]
+    if len(values) > 16 * _SAMPLE:
+        sample = values[:: len(values) // _SAMPLE].sort().values
+        place, margin = count * len(sample) // len(values), 4 * int(len(sample) ** 0.5)
+        low, high = sample[max(0, place - margin)], sample[min(len(sample) - 1, place + margin)]
+        below = int((values < low).sum())
+        inside = values[(values >= low) & (values <= high)]
+        if below < count <= below + len(inside):
+            return inside.kthvalue(count - below).values
+    return values.kthvalue(count).values
+
+
 def lowest(values: Tensor, count: int) -> Tensor:
     """Boolean tensor that marks the `count` lowest of `values` `[n]`; among equals the earlier position."""
     marked = torch.zeros(len(values), dtype=torch.bool, device=values.device)
@@ -37,8 +59,7 @@ def lowest(values: Tensor, count: int) -> Tensor:
         return marked
     if count >= len(values):
         return ~marked
-    # kthvalue is refused on a GPU in deterministic mode, for its index; sorting gives the same value.
-    edge = values.kthvalue(count).values if values.device.type == "cpu" else values.sort().values[count - 1]
+    edge = kth_lowest(values, count)
     marked |= values < edge
     ties = (values == edge).nonzero().flatten()
     marked[ties[: count - int(marked.sum())]] = True

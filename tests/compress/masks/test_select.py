@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from compress.errors import UserError
 from compress.masks import Block, NofM, VectorBlock, keep_count, parse_pattern, select
 from compress.masks.patterns import from_matrix, to_matrix
+from compress.masks.select import kth_lowest
 
 
 def full(scores):
@@ -147,3 +148,17 @@ def test_patterns_by_name():
         parse_pattern("5:4")
     with pytest.raises(UserError, match="at least 2 dimensions"):
         select({"a": torch.ones(4)}, {"a": torch.ones(4, dtype=torch.bool)}, 0.5, pattern=Block(2, 2))
+
+
+@pytest.mark.parametrize("kind", ["normal", "tied", "ordered", "infinite"])
+def test_kth_lowest_of_large_tensors(kind):
+    values = torch.randn(1_200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if kind == "tied":
+        values = values.round()
+    elif kind == "ordered":
+        values = values.sort().values ** 3
+    elif kind == "infinite":
+        values[::2] = torch.inf
+    ordered = values.sort().values
+    for count in (1, 2, 5_000, 600_000, 600_001, 1_199_000, 1_200_000):
+        assert kth_lowest(values, count) == ordered[count - 1]
