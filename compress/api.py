@@ -80,6 +80,19 @@ def ranks(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
+def _batches(calibration: Batches, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """The calibration data on `device`; UserError where it is no sequence of pairs of tensors."""
+    wanted = "calibration must be batches [(x, y), ...] of two tensors of the same length"
+    if not isinstance(calibration, Iterable):
+        raise UserError(f"{wanted}, got a {type(calibration).__name__}.")
+    batches = []
+    for number, batch in enumerate(calibration):
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch) or len(batch[0]) != len(batch[1]):
+            raise UserError(f"{wanted}; batch {number} is none.")
+        batches.append((batch[0].to(device), batch[1].to(device)))
+    return batches
+
+
 def compress(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
@@ -133,23 +146,29 @@ def compress(
     UserError
         For an unknown method or option, a budget that cannot be reached, or missing calibration data.
     """
-    budget = {"macs": 0.5} if budget is None else dict(budget)
+    budget = {"macs": 0.5} if budget is None else budget
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"The network is a {type(model).__name__}, expected a torch.nn.Module.")
     chosen = find_method(method)
     chosen.check(options or {})
-    if len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
+    if not isinstance(budget, dict) or len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
         raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{'macs': 0.5}}.")
     (quantity, ratio), = budget.items()
     if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise UserError(f"budget={budget!r}: the ratio is the fraction removed, in [0, 1).")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = [(x.to(device), y.to(device)) for x, y in calibration] if calibration is not None else []
+    batches = _batches(calibration, device) if calibration is not None else []
     if chosen.needs_data and not batches:
         raise UserError(f"Method {method!r} needs calibration data: pass calibration=[(x, y), ...] from the training set.")
-    graph = trace(model, example_inputs, exclude=tuple(exclude))
+    try:
+        result = copy.deepcopy(model)
+    except Exception as error:
+        raise UserError(f"The network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}).") from error
+    graph = trace(model, example_inputs, exclude=exclude)
     context = Context(
-        model=model, graph=graph, example=example_inputs, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed), exclude=tuple(exclude),
+        model=model, graph=graph, example=example_inputs, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed), exclude=exclude,
         allocation=allocation, max_layer_ratio=max_layer_ratio, round_to=round_to, verify=verify, options=options or {})
-    result = copy.deepcopy(model)
     plan = chosen.apply(result, context, chosen.prepare(context), {quantity: float(ratio)})
     if recalibrate and batches:
         recalibrate_batchnorm(result, batches)

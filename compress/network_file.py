@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.files import read_json, write_bytes, write_json, write_text
@@ -27,7 +27,11 @@ FORMAT = 1
 
 def weights_to_bytes(model: nn.Module) -> bytes:
     """All parameters and persistent buffers as safetensors; a tensor with several names (a tie) is stored once per name."""
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    held = model.state_dict()
+    for name, value in held.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"The network keeps {name!r} in its state_dict, which is no tensor ({type(value).__name__}) and cannot be stored.")
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in held.items()}
     return to_bytes(state, metadata={"format": "pt"})
 
 
@@ -121,7 +125,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         spec = network.get("build")
         if not isinstance(spec, dict):
             raise UserError(f"{folder} holds a network of class {network.get('class')} that is not in the registry; call load(folder, model) with a freshly built one.")
-        model = own("models").build(**spec)
+        try:
+            model = own("models").build(**spec)
+        except (TypeError, AttributeError) as error:
+            raise UserError(f'The "build" entry of {folder / NETWORK} does not describe a network of the registry ({error}).') from None
     apply_plan(model, plan)
     read_weights(model, content, str(folder / WEIGHTS))
     return model.eval()

@@ -43,7 +43,7 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UserError(f"The plan has no \"format\": {FORMAT}; it was written by another program or version.")
         steps = data.get("steps")
-        if not isinstance(steps, list) or not all(isinstance(step, dict) and step.get("kind") in STEPS for step in steps):
+        if not isinstance(steps, list) or not all(isinstance(step, dict) and str(step.get("kind")) in STEPS for step in steps):
             raise UserError(f"The plan's steps must be a list of objects with a \"kind\" out of: {', '.join(STEPS.names())}.")
         for position, step in enumerate(steps):
             if step["kind"] == "prune":
@@ -64,7 +64,7 @@ def _check_prune(position: int, step: Step) -> None:
     good = isinstance(slices, dict) and isinstance(attributes, dict) and all(isinstance(values, dict) for values in attributes.values())
     good = good and all(
         isinstance(dims, dict)
-        and all(dim.isdigit() and isinstance(indices, list) and all(map(_is_whole, indices)) for dim, indices in dims.items())
+        and all(dim.isdecimal() and isinstance(indices, list) and all(map(_is_whole, indices)) for dim, indices in dims.items())
         for dims in slices.values()
     )
     if not good:

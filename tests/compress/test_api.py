@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from models import build
 def _net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def _locked():
+    model = _net()
+    model.lock = threading.Lock()
+    return model
 
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -70,11 +77,14 @@ def test_recalibration_uses_the_calibration_data_only_where_asked():
     ({"method": "l3x"}, "Unknown method"), ({"budget": {"flops": 0.5}}, "params, macs"), ({"budget": {"macs": 50}}, r"\[0, 1\)"),
     ({"budget": {"macs": 0.5, "params": 0.5}}, "one of"), ({"method": "taylor_fo"}, "calibration"), ({"options": {"normalise": "max"}}, "did you mean 'normalize'"),
     ({"budget": {"macs": 0.9}, "max_layer_ratio": 0.3}, "cannot be reached"), ({"exclude": ["nothing"]}, "matches no"),
+    ({"budget": 0.5}, "takes one of"), ({"budget": "macs"}, "takes one of"), ({"model": "resnet20"}, "expected a torch.nn.Module"),
+    ({"calibration": 3}, "got a int"), ({"calibration": [X]}, "batch 0"), ({"calibration": (X, X)}, "batch 0"), ({"calibration": [(X, X[:1])]}, "batch 0"),
+    ({"exclude": "nothing"}, "'nothing' matches no"), ({"model": _locked()}, "cannot be copied"),
     ({"allocation": "layerwise"}, "Unknown allocation"), ({"budget": {"macs": "half"}}, r"\[0, 1\)"),
 ])
 def test_a_wrong_argument_is_one_sentence(arguments, words):
     with pytest.raises(UserError, match=words) as raised:
-        compress(_net(), X, **arguments)
+        compress(**{"model": _net(), "example_inputs": X} | arguments)
     assert "\n" not in str(raised.value)
 
 
@@ -138,6 +148,7 @@ def test_a_tie_survives_compression_saving_and_loading(tmp_path):
     (lambda f: (f / "plan.json").unlink(), "cannot be read"),
     (lambda f: (f / "plan.json").write_text('{"format": 1, "steps": 3}'), "steps"),
     (lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"), "not JSON"),
+    (lambda f: (f / "plan.json").write_text('{"format": 1, "steps": [{"kind": ["prune"]}]}'), "steps"),
     (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
     (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "checksum"),
     (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "checksum"),
@@ -149,6 +160,21 @@ def test_a_damaged_folder_is_one_sentence(tmp_path, damage, words):
     with pytest.raises(UserError, match=words) as raised:
         load(tmp_path, _net())
     assert "\n" not in str(raised.value)
+
+
+def test_what_cannot_be_stored_or_rebuilt_is_one_sentence(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"epoch": 3}
+
+    with pytest.raises(UserError, match="'_extra_state'"):
+        save(Extra(2, 2), Plan(), tmp_path / "extra")
+    assert not (tmp_path / "extra").exists()
+    model = nn.Linear(2, 2)
+    model.build_spec = {"name": "resnet20"}
+    save(model, Plan(), tmp_path / "net")
+    with pytest.raises(UserError, match="does not describe"):
+        load(tmp_path / "net")
 
 
 def test_a_plan_for_another_network_is_refused(tmp_path):
