@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from compress.cost import Cost, count
 from compress.errors import UserError
 from compress.graph import CoverageRow, trace
-from compress.methods import Context, method as find_method
+from compress.methods import Context, carry_out, method as find_method
 from compress.plan import Plan
 from compress.steps.factorize import BLOCKS
 from compress.train import recalibrate as recalibrate_batchnorm
@@ -169,7 +169,7 @@ def compress(
     context = Context(
         model=model, graph=graph, example=example_inputs, batches=batches, loss_fn=loss_fn, generator=torch.Generator().manual_seed(seed), exclude=exclude,
         allocation=allocation, max_layer_ratio=max_layer_ratio, round_to=round_to, verify=verify, options=options or {})
-    plan = chosen.apply(result, context, chosen.prepare(context), {quantity: float(ratio)})
+    plan = carry_out(method, result, context, chosen.prepare(context), {quantity: float(ratio)})
     if recalibrate and batches:
         recalibrate_batchnorm(result, batches)
     old, new = widths(model), widths(result)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from compress.config import Section
 from compress.criteria import CRITERIA
-from compress.errors import UserError
+from compress.errors import RunError, UserError
 from compress.graph import ChannelGraph
 from compress.plan import Plan
 from compress.registry import Registry, nearest
+from compress.undisturbed import arguments, undisturbed
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,22 @@ def parse_options(method: str, options: type[Section], given: dict[str, Any]) ->
             faults.append(f"Method {method!r} has no option {key!r}{nearest(key, known)}; known: {', '.join(known) or 'none'}." if fault["type"] == "extra_forbidden"
                           else f"Option {key!r} of method {method!r} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}.")
         raise UserError(*faults) from None
+
+
+def carry_out(name: str, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
+    """Compress `model` in place by the method `name`, and see that the result runs as it will be used.
+
+    Raises `RunError` where it does not: a module may read the weight of a layer inside it, which a factorized layer has not (the fused
+    evaluation path of `nn.TransformerEncoderLayer` does).
+    """
+    plan = method(name).apply(model, context, state, budget)
+    try:
+        with torch.no_grad(), undisturbed(model):
+            model(*arguments(context.example))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise RunError(f"Method {name!r} left a network that cannot be run ({reason}); exclude the layer that this names.") from error
+    return plan
 
 
 def names() -> list[str]:

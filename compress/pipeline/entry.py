@@ -133,7 +133,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     else:
         context, state, spent = _scored(job, base, entry, model, example)
         started = time.perf_counter()
-        done = chosen.apply(result, context, state, {config.prune.budget: phase.ratio})
+        done = methods.carry_out(entry.method, result, context, state, {config.prune.budget: phase.ratio})
     if config.prune.recalibration_images:
         images = job.data.calibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         recalibrate(result, images)
@@ -195,7 +195,7 @@ def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, met
     context = context_for(config, prepared.model, prepared.graph, prepared.example, batches, method, seed)
     chosen = methods.method(method)
     model = copy.deepcopy(prepared.model).eval()
-    chosen.apply(model, context, chosen.prepare(context), {config.prune.budget: ratio})
+    methods.carry_out(method, model, context, chosen.prepare(context), {config.prune.budget: ratio})
     return effect(prepared.model, model, prepared.example)
 
 

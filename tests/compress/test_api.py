@@ -11,7 +11,7 @@ from torch import nn
 
 from compress import compress, load, save
 from compress.cost import count
-from compress.errors import UserError
+from compress.errors import RunError, UserError
 from compress.plan import Plan
 from models import build
 
@@ -160,6 +160,20 @@ def test_a_damaged_folder_is_one_sentence(tmp_path, damage, words):
     with pytest.raises(UserError, match=words) as raised:
         load(tmp_path, _net())
     assert "\n" not in str(raised.value)
+
+
+def test_a_layer_whose_weight_is_read_by_the_module_around_it_is_named_or_left_alone():
+    """Without gradients `nn.TransformerEncoderLayer` evaluates by a fused operator that reads `linear1.weight`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Flatten(), nn.Linear(64, 10)).eval()
+    x = torch.randn(2, 4, 16)
+    try:
+        small, _, _ = compress(model, x, method="svd", budget={"params": 0.3})
+    except RunError as error:
+        assert "'weight'" in str(error)
+        small, _, _ = compress(model, x, method="svd", budget={"params": 0.1}, exclude=["0.*"])
+    with torch.no_grad():
+        assert small(x).shape == (2, 10)
 
 
 def test_what_cannot_be_stored_or_rebuilt_is_one_sentence(tmp_path):
