@@ -103,7 +103,7 @@ def carry_out(name: str, model: nn.Module, context: Context, state: Any, budget:
             model(*arguments(context.example))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise RunError(f"Method {name!r} left a network that cannot be run ({reason}); exclude the layer that this names.") from error
+        raise RunError(f"Method {name!r} left a network that cannot be run ({reason}); exclude the layers whose parts the module around them reads.") from error
     return plan
 
 
