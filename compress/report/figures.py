@@ -66,10 +66,19 @@ def draw(chart: Chart) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     names = [one.name for one in chart.series]
     if names != [DENSE]:
-        legend = figure.legend(loc="outside lower center", ncols=min(len(names), 4), frameon=False, fontsize=9)
+        _legend(figure, len(names))
+    return figure
+
+
+def _legend(figure: Figure, count: int) -> None:
+    """The legend below the axes, in as many columns (at most 4) as the figure is wide enough for."""
+    for columns in range(min(count, 4), 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    return figure
+        if columns == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def png(chart: Chart) -> bytes:

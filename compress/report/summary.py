@@ -45,6 +45,12 @@ def count(number: float) -> str:
     raise AssertionError
 
 
+def rounded(number: float, digits: int = 3) -> str:
+    """A number with that many significant digits, its zeros kept and without an exponent: 3.00, 0.000527, 1591."""
+    places = digits - 1 - math.floor(math.log10(abs(number))) if number else 0
+    return f"{number:.{max(places, 0)}f}"
+
+
 def signed(number: float, digits: int = 3) -> str:
     """A difference with its sign, zero without one."""
     text = f"{abs(number):.{digits}f}"
@@ -66,7 +72,7 @@ def _dense(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     text += f" and {count(row['macs'])} MACs per image"
     accuracy = value([row], "accuracy")
     text += f" and reaches an accuracy of {accuracy.mean:.3f}" if accuracy else ""
-    times = [f"{value([row], f'latency:{timed}').mean:.3g} ms at {timing_label(timed)}" for timed in timings([row])]
+    times = [f"{rounded(value([row], f'latency:{timed}').mean)} ms at {timing_label(timed)}" for timed in timings([row])]
     return text + (f"; one forward pass takes {' and '.join(times)} (median)" if times else "") + "."
 
 
@@ -121,7 +127,7 @@ def _gain(rows: Sequence[Row], group: Group) -> str:
         if gain is None:
             continue
         slower = ", slower than dense," if gain.mean < 1 else ""
-        doubt = "within the spread, " if gain.low <= 1 <= gain.mean else ""
+        doubt = "within the spread, " if gain.low <= 1 <= gain.high else ""
         spread = f"{doubt}p10 to p90: {gain.low:.2f} to {gain.high:.2f}"
         parts.append(f"{gain.mean:.2f}\N{MULTIPLICATION SIGN} the speed{slower} at {timing_label(timed)} ({spread})")
     return f", {' and '.join(parts)}" if parts else ""
@@ -132,7 +138,11 @@ def _slower(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
     result = []
     for timed in timings(rows):
         gains = [(group, gain) for group in pruned if (gain := speedup(dense, group.rows, timed))]
-        slow = [f"{group.method} at {group.ratio:g} ({gain.mean:.2f}\N{MULTIPLICATION SIGN})" for group, gain in gains if gain.mean < 1]
+        slow = [
+            f"{group.method} at {group.ratio:g} ({gain.mean:.2f}\N{MULTIPLICATION SIGN}{', within the spread' if gain.high >= 1 else ''})"
+            for group, gain in gains
+            if gain.mean < 1
+        ]
         if slow:
             result.append(
                 f"Slower than the unpruned network at {timing_label(timed)}: {len(slow)} of {len(gains)} networks: {', '.join(slow)}."

@@ -9,7 +9,7 @@ from typing import Any
 from .chart import layer_sizes, product, size_text
 from .results import Row, entry_name, timing_label, timings
 from .series import DENSE, Group, delta, groups, methods, speedup, value
-from .summary import count, percent, signed
+from .summary import count, percent, rounded, signed
 
 NOTHING = "\N{EN DASH}"
 
@@ -176,7 +176,7 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
         return (
             Cell(key, NOTHING)
             if latency is None
-            else Cell(key, f"{latency.mean:.4g}", latency.mean, f"{latency.low:.4g}\N{EN DASH}{latency.high:.4g}")
+            else Cell(key, rounded(latency.mean), latency.mean, f"{rounded(latency.low)}\N{EN DASH}{rounded(latency.high)}")
         )
     if key.startswith("speedup_"):
         return _speed(row, key, dense)
@@ -186,11 +186,13 @@ def _cell(row: Row, key: str, dense: Sequence[Row]) -> Cell:
     if key in ("params", "macs_nonzero"):
         return Cell(key, count(number), number)
     if key.endswith("_bytes"):
-        return Cell(key, f"{number / 2**20:.3g}", number)
+        return Cell(key, rounded(number / 2**20), number)
     if key.endswith("_removed"):
         return Cell(key, percent(number), number)
     if key.startswith("accuracy"):
         return Cell(key, f"{number:.4f}", number)
+    if key in ("gflops", "seconds"):
+        return Cell(key, rounded(number), number)
     return Cell(key, number if isinstance(number, str) else f"{number:.4g}" if key != "seed" else str(number), number)
 
 
@@ -200,8 +202,8 @@ def _speed(row: Row, key: str, dense: Sequence[Row]) -> Cell:
         return Cell(key, NOTHING)
     note = f"{gain.low:.2f}\N{EN DASH}{gain.high:.2f}"
     mark = ""
-    if gain.mean < 1:
+    if gain.high < 1:
         note, mark = f"slower than dense\n{note}", "bad"
     elif gain.low <= 1:
-        note, mark = f"within the spread\n{note}", "doubt"
+        note, mark = f"{'slower, ' if gain.mean < 1 else ''}within the spread\n{note}", "doubt"
     return Cell(key, f"{gain.mean:.2f}\N{MULTIPLICATION SIGN}", gain.mean, note, mark)

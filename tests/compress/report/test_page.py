@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from compress.report import write_report, write_results
-from compress.report.chart import result_charts
+from compress.report.chart import result_charts, width_charts
 from compress.report.figures import draw, png
 from compress.report.page import charts, render
 from compress.report.series import speedup
@@ -199,3 +199,12 @@ def test_bare_rows_without_meta_make_a_page():
     found = page(rows, {})
     assert "Compression report" in found.text and "method:l1" in found.tables and "layers:layers" not in found.tables
     assert page([], {}).tables == {}
+
+
+def test_a_legend_is_never_wider_than_its_figure():
+    rows, meta = example(methods=("l1",), ratios=(0.5, 0.7, 0.8, 0.9))
+    figure = draw(width_charts(rows, meta["details"])[0])
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and len(legend.get_texts()) == 4

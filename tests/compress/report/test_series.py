@@ -6,7 +6,7 @@ import pytest
 
 from compress.report.chart import make, result_charts, ticks, training_charts, whole_ticks, width_charts
 from compress.report.series import Point, Value, dense_row, groups, pareto, series, speedup, value
-from compress.report.summary import count, sentences, signed
+from compress.report.summary import count, rounded, sentences, signed
 
 from .example import example
 
@@ -151,7 +151,7 @@ def test_summary_is_computed_from_the_rows():
     texts = [sentence.text for sentence in sentences(rows, {"data": {"test": 361}})]
     assert (
         texts[0] == "The unpruned network has 1 k parameters and 2 k MACs per image "
-        "and reaches an accuracy of 0.950; one forward pass takes 2 ms at batch\u00a01 (median)."
+        "and reaches an accuracy of 0.950; one forward pass takes 2.00 ms at batch\u00a01 (median)."
     )
     assert texts[1] == (
         "At ratio 0.5 of the MACs, l2 is best of 2 methods (0.020 ahead of l1): removed 50.0 % of the MACs and 40.0 % of the parameters, "
@@ -165,6 +165,16 @@ def test_summary_is_computed_from_the_rows():
 def test_a_speedup_within_the_spread_is_called_so():
     text = " ".join(sentence.text for sentence in sentences([DENSE, row(latency=(1.9, 1.5, 2.2))], {}))
     assert "1.05× the speed at batch\u00a01 (within the spread, p10 to p90: 0.82 to 1.60)" in text
+    text = " ".join(sentence.text for sentence in sentences([DENSE, row(latency=(2.1, 1.5, 2.4))], {}))
+    assert "0.95× the speed, slower than dense, at batch\u00a01 (within the spread, p10 to p90: 0.75 to 1.60)" in text
+    assert "1 of 1 networks: l1 at 0.5 (0.95×, within the spread)." in text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (3, "3.00"), (3.0849, "3.08"), (0.00052671, "0.000527"), (17.04, "17.0"), (1591.47, "1591"), (264.9, "265")]
+)
+def test_rounded_keeps_zeros_and_has_no_exponent(number, text):
+    assert rounded(number) == text
 
 
 def test_summary_warns_of_what_is_missing():
