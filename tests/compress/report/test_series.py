@@ -171,7 +171,8 @@ def test_a_speedup_within_the_spread_is_called_so():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (3, "3.00"), (3.0849, "3.08"), (0.00052671, "0.000527"), (17.04, "17.0"), (1591.47, "1591"), (264.9, "265")]
+    ("number", "text"),
+    [(0, "0"), (3, "3.00"), (3.0849, "3.08"), (0.00052671, "0.000527"), (17.04, "17.0"), (1591.47, "1591"), (264.9, "265")],
 )
 def test_rounded_keeps_zeros_and_has_no_exponent(number, text):
     assert rounded(number) == text
