@@ -24,7 +24,10 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did. Fractions are of the original network; `widths` maps a layer to its output width before and after."""
+    """What a compression did. Fractions are of the original network; `widths` maps a layer to its output width before and after.
+
+    `pinned` and `coverage` say what channel methods may not touch, `verified` what the check after surgery found; `density` is of masks.
+    """
 
     method: str
     budget: dict[str, float]
@@ -34,6 +37,8 @@ class Report:
     pinned: dict[str, str]
     ranks: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     coverage: list[CoverageRow] = field(default_factory=list)
+    verified: dict[str, Any] | None = None
+    density: float | None = None
 
     @property
     def params_removed(self) -> float:
@@ -54,6 +59,10 @@ class Report:
         changed = [f"{name} {before}->{after}" for name, (before, after) in self.widths.items() if before != after]
         if changed:
             lines.append(f"  widths     {', '.join(changed)}")
+        if self.density is not None:
+            lines.append(f"  masks      {1 - self.density:.1%} of the weights in scope are zero; the shapes stay")
+        if self.verified:
+            lines.append("  verified   " + "; ".join(f"{key} {value:.1e}" if isinstance(value, float) else f"{key} {value}" for key, value in self.verified.items()))
         if self.ranks:
             lines.append("  ranks      " + ", ".join(f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in self.ranks.items()))
         lines += [f"  kept {name}: {reason}" for name, reason in self.pinned.items()]
@@ -153,7 +162,7 @@ def compress(
     chosen = find_method(method)
     chosen.check(options or {})
     if not isinstance(budget, dict) or len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
-        raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{'macs': 0.5}}.")
+        raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{{chosen.budgets[0]!r}: 0.5}}.")
     (quantity, ratio), = budget.items()
     if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
         raise UserError(f"budget={budget!r}: the ratio is the fraction removed, in [0, 1).")
@@ -175,6 +184,6 @@ def compress(
     old, new = widths(model), widths(result)
     report = Report(
         method=method, budget=budget, before=count(model, example_inputs), after=count(result, example_inputs),
-        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned), ranks=ranks(result),
-        coverage=list(graph.coverage()))
+        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned) if chosen.by_channels else {}, ranks=ranks(result),
+        coverage=list(graph.coverage()) if chosen.by_channels else [], verified=plan.meta.get("verified"), density=plan.meta.get("mask", {}).get("density"))
     return result, plan, report

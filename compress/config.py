@@ -115,7 +115,7 @@ class PruneConfig(Section):
     allocation: Literal["uniform", "global"] = Field("global", description="how channel methods share the budget: the same fraction in every group, or one threshold")
     max_layer_ratio: float = Field(0.95, gt=0, lt=1, description="largest fraction of a group's channels that may be removed")
     round_to: int = Field(1, ge=1, description="kept widths are rounded down to multiples of this where the width allows; the budget is then met from below")
-    exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are")
+    exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are, the channels that they read included")
     calibration_images: int = Field(1024, ge=1, description="training images used for statistics")
     calibration_batch_size: int = Field(128, ge=1, description="images per statistics step")
     recalibration_images: int = Field(1024, ge=0, description="training images that BatchNorm statistics are measured on after surgery; 0: none")
@@ -129,7 +129,7 @@ class PruneConfig(Section):
     def _ratios(cls, value: list[float]) -> list[float]:
         for ratio in value:
             if not 0 <= ratio < 1:
-                raise ValueError(f"a ratio is the fraction removed, in [0, 1), got {ratio:g}" + (f"; write {ratio / 100:g} for {ratio:g} percent" if 1 < ratio < 100 else ""))
+                raise ValueError(f"a ratio is the fraction removed, in [0, 1), got {ratio:g}" + (f"; write {ratio / 100:g} for {ratio:g} percent" if 2 <= ratio < 100 else ""))
         return value
 
     @model_validator(mode="after")

@@ -45,6 +45,7 @@ class ChannelGraph:
     groups: every channel group; those with `prunable` False carry a `reason`.
     pinned: parameter name -> why its output channels (or the only labelled dimension) stay.
     layers: `LayerCost` of every weight that was contracted.
+    verdict: what the check of the last `prune` found; None before the first, or where it was not asked for.
     """
 
     def __init__(self, skeleton: nn.Module, inputs: tuple, trace: Trace, groups: list[ChannelGroup], component: Array,
@@ -54,6 +55,7 @@ class ChannelGraph:
         self._skeleton, self._inputs, self._trace, self._component, self._batch = skeleton, inputs, trace, component, batch
         self._reasons, self._tensors, self._trainable = reasons, tensors, trainable
         self._counter: Counter | None = None
+        self.verdict: Verdict | None = None
 
     def _counting(self) -> Counter:
         if self._counter is None:
@@ -220,6 +222,7 @@ class ChannelGraph:
         if on_failure not in ("raise", "pin"):
             raise UserError(f"on_failure must be \"raise\" or \"pin\", got {on_failure!r}.")
         self._check_model(model)
+        self.verdict = None
         channels = self._channels(removals)
         if not verify:
             step = self.step(channels)
@@ -227,6 +230,7 @@ class ChannelGraph:
             return step
         verdict, step = self.attempt(model, channels)
         if verdict:
+            self.verdict = verdict
             return step
         from compress.graph.probe import failing
 
@@ -245,6 +249,7 @@ class ChannelGraph:
         verdict, step = self.attempt(model, {group: removed for group, removed in channels.items() if group.prunable})
         if not verdict:
             raise RunError(f"Pruning was taken back because the cut network is not the masked original ({verdict.problem}).")
+        self.verdict = verdict
         return step
 
     def attempt(self, model: nn.Module, channels: Mapping[ChannelGroup, LongTensor]) -> tuple[Verdict, Step]:

@@ -61,6 +61,7 @@ class Method(Protocol):
 
     budgets: tuple[str, ...]
     needs_data: bool
+    by_channels: bool  # whether the channel graph decides what may go, so that its coverage belongs in the report
 
     def check(self, options: dict[str, Any]) -> None:
         """Raise `UserError` for options that the method does not have."""

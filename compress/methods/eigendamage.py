@@ -22,6 +22,7 @@ class EigenDamageMethod:
     """EigenDamage (Wang et al. 2019); with `depthwise` the kept core is split into a depthwise convolution."""
 
     budgets = QUANTITIES
+    by_channels = False
     needs_data = True
     Options: type[EigenDamageOptions] = EigenDamageOptions
 

@@ -38,6 +38,7 @@ class MaskMethod:
     """Masks by one weight criterion."""
 
     budgets = ("weights",)
+    by_channels = False
 
     def __init__(self, criterion: str) -> None:
         self.name = f"mask_{criterion}"

@@ -73,7 +73,8 @@ def base_stage(job: Job) -> Base:
     content = job.dist.share_bytes((job.folder.stage("base") / WEIGHTS).read_bytes() if job.dist.is_main else None)
     read_weights(model, content, str(job.folder.stage("base") / WEIGHTS))
     job.log(f"base accuracy {result['accuracy']:.4f}")
-    return Base(model.eval(), key, result)
+    # Entries depend on the weights themselves: a base trained again elsewhere may differ in its last bits.
+    return Base(model.eval(), digest(key, hashlib.sha256(content).hexdigest()), result)
 
 
 def share(dist: Dist, value: Any) -> Any:

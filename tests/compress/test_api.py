@@ -42,6 +42,8 @@ def test_planted_dead_channels_go_first_and_the_function_stays():
     torch.testing.assert_close(small.eval()(X), model.eval()(X), rtol=1e-5, atol=1e-6)
     assert report.macs_removed == pytest.approx(ratio)
     assert report.widths["0"] == (8, 5) and report.widths["2"] == (16, 16)
+    error = report.verified["largest difference, relative to the largest output"]
+    assert error <= 1e-5 and f"{error:.1e}" in str(report)
 
 
 def test_the_given_network_is_not_changed_and_the_copy_keeps_its_mode():
@@ -51,6 +53,14 @@ def test_the_given_network_is_not_changed_and_the_copy_keeps_its_mode():
     assert small.training and model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_a_masked_network_reports_its_density_and_no_channels():
+    small, _, report = compress(_net(), X, method="mask_magnitude", budget={"weights": 0.75})
+    weights = torch.cat([small[i].weight.flatten() for i in (0, 2, 6)])
+    assert report.density == pytest.approx(0.25, abs=1e-3)
+    assert float((weights != 0).double().mean()) == pytest.approx(report.density)
+    assert "75.0% of the weights" in str(report) and report.coverage == [] and report.pinned == {}
 
 
 def test_the_budget_is_of_the_quantity_it_names():

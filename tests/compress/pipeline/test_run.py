@@ -64,6 +64,15 @@ def test_the_budget_is_met_within_one_percent_of_the_original(finished):
         assert abs(row["macs_removed"] - row["ratio"]) <= 0.01
 
 
+def test_the_report_shows_what_the_check_after_surgery_found(finished):
+    details = json.loads((finished[0] / "results.json").read_text())["meta"]["details"]
+    for name, detail in details.items():
+        if name != "dense":
+            assert detail["verified"]["largest difference, relative to the largest output"] <= 1e-5
+            assert any(row["status"] == "pinned" and row["layer"] == "linear" for row in detail["coverage"])
+    assert "zeroed where they are read" in (finished[0] / "report.html").read_text()
+
+
 def test_the_run_folder_holds_what_it_promises_and_nothing_half_done(finished):
     folder = finished[0]
     for name in ("resolved.json", "results.json", "results.csv", "report.html"):
