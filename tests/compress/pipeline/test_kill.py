@@ -91,5 +91,5 @@ def test_two_processes_train_data_parallel_and_cut_the_same_plan_on_both(tmp_pat
     # `random` draws its scores from the seed alone, so its plan does not depend on how the weights were summed.
     single = _finish(tmp_path / "single") if (tmp_path / "single").mkdir() is None else None
     plans = [json.loads((folder / "k" / "random-macs0.5-s0" / "plan.json").read_text()) for folder in (tmp_path, tmp_path / "single")]
-    assert plans[0] == plans[1] and single
+    assert plans[0]["steps"] == plans[1]["steps"] and single
     assert done.stdout.count("base accuracy") == 1
