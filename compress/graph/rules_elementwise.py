@@ -30,7 +30,9 @@ def broadcast(trace: Trace, call: Call, operands: list[Tensor], shape: torch.Siz
     return dims
 
 
-@rule("pointwise", "hardswish", "_prelu_kernel", "copy", "native_dropout", "_to_copy", "dropout", "alpha_dropout", "bucketize")
+# PyTorch tags most of these itself; 2.11 forgets the activations of the second line, some of them in place only.
+@rule("pointwise", "hardswish", "_prelu_kernel", "copy", "native_dropout", "_to_copy", "dropout", "alpha_dropout", "bucketize",
+      "leaky_relu", "hardtanh", "hardsigmoid", "elu", "celu", "selu")
 def pointwise(trace: Trace, call: Call) -> None:
     """Broadcasting over all tensor arguments."""
     operands = call.tensors()

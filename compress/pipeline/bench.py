@@ -34,6 +34,8 @@ def measure(job: Job, base: Base, entries: list[dict[str, Any]]) -> tuple[list[d
         network, example = networks[entry["name"]], job.prepared.example.to(job.dist.device)
         row = _row({"budget": job.config.prune.budget, **entry}, count(network, example), dense, base, timed[entry["name"]])
         rows.append(row | mask_columns(network, example))
+        if all(before == after for before, after in entry["widths"].values()):
+            entry = {**entry, "widths": None}  # ranks or masks changed instead, and a flat line of widths says nothing
         details[entry["name"]] = {key: entry[key] for key in ("widths", "ranks", "history", "pinned", "coverage", "verified", "layer_density") if entry.get(key)}
     return rows, details
 
