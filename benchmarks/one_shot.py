@@ -31,6 +31,7 @@ from compress.graph import trace
 from compress.methods import Context, method, names
 from compress.train import evaluate, recalibrate
 from models import build, load_weights
+from models.layers import PadShortcut
 
 NETWORKS = ("resnet20", "resnet32", "resnet56")
 SPEEDUPS = (1.5, 2.11)
@@ -63,6 +64,18 @@ class Ours:
 RIVALS = ("tp_l1", "tp_l2", "tp_taylor", "tp_hessian")
 
 
+def selecting(shortcut: PadShortcut) -> nn.Conv2d:
+    """The same function as a 1x1 convolution: the rival mixes up the channels of a zero-padded shortcut and leaves a network that does not run."""
+    inputs = shortcut.front + shortcut.back  # these networks double their width
+    outputs = 2 * inputs
+    conv = nn.Conv2d(inputs, outputs, 1, stride=shortcut.stride, bias=False)
+    with torch.no_grad():
+        conv.weight.zero_()
+        for channel in range(inputs):
+            conv.weight[shortcut.front + channel, channel] = 1
+    return conv
+
+
 def rival(model: nn.Module, name: str, target: float, batches: list[Any], example: torch.Tensor) -> nn.Module:
     """The network pruned by Torch-Pruning's criterion, globally and step by step until the target is passed, recalibrated."""
     import torch_pruning as tp
@@ -72,6 +85,9 @@ def rival(model: nn.Module, name: str, target: float, batches: list[Any], exampl
         "tp_taylor": tp.importance.GroupTaylorImportance, "tp_hessian": tp.importance.GroupHessianImportance,
     }[name]()
     result = copy.deepcopy(model).eval()
+    for place, module in list(result.named_modules()):
+        if isinstance(module, PadShortcut):
+            result.set_submodule(place, selecting(module))
     total = count(model, example).macs
     heads = [module for module in result.modules() if isinstance(module, nn.Linear)]
     pruner = tp.pruner.BasePruner(result, example, importance=importance, global_pruning=True, pruning_ratio=0.9, iterative_steps=STEPS, ignored_layers=heads)
