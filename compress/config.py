@@ -157,7 +157,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of initial weights, data order and base training")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: a GPU where there is one")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of torch; null: torch's own choice")
-    deterministic: bool = Field(True, description="refuse non-deterministic operators where torch has a deterministic one")
+    deterministic: bool = Field(True, description="use deterministic operators; torch warns where it has none")
     data: DataConfig = Field(default_factory=DataConfig, description="data set")
     model: ModelConfig = Field(default_factory=ModelConfig, description="network")
     train: TrainConfig = Field(default_factory=TrainConfig, description="training of the unpruned network; not used where model.weights is given")

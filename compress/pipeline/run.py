@@ -48,7 +48,7 @@ def run(config: Config, output_dir: Path, mode: Mode = "auto", log: Log | None =
     ------
     UserError, RunError, Terminated
     """
-    with _memory_errors(), connect(pick_device(config.device)) as dist:
+    with _memory_errors(), connect(pick_device(config.device)) as dist, _torch_settings(config):
         return _run(config, output_dir, mode, log or (print_line if dist.is_main else _silent), dist)
 
 
@@ -66,7 +66,6 @@ def _memory_errors() -> Iterator[None]:
 
 def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> Path:
     started = time.time()
-    _torch_settings(config)
     folder = RunFolder(output_dir / config.name, to_json(config))
     if dist.is_main:
         folder.check(mode)
@@ -146,10 +145,18 @@ def _silent(line: str) -> None:
     pass
 
 
-def _torch_settings(config: Config) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+@contextlib.contextmanager
+def _torch_settings(config: Config) -> Iterator[None]:
+    """Threads and determinism of the configuration inside, the caller's own outside."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(config.threads or threads)
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def test_the_same_command_again_trains_nothing_and_reports_the_same(finished, mo
         monkeypatch.setattr(module, "fit", lambda *a, **k: pytest.fail("trained again"))
     run(validate(SMALL), folder.parent, mode="resume", log=lambda line: None)
     assert _rows(folder) == before
+    assert not torch.are_deterministic_algorithms_enabled()  # a setting of the run, not of the caller's process
 
 
 def test_ratios_that_agree_in_six_digits_have_folders_of_their_own():
