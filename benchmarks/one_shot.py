@@ -60,13 +60,13 @@ class Ours:
         """
         total = count(self.model, self.context.example).macs
         ratio = 1 - 1 / target
-        for _ in range(20):
+        for _ in range(40):
             result = copy.deepcopy(self.model)
             self.method.apply(result, self.context, self.state, {"macs": ratio})
             missing = count(result, self.context.example).macs / total - 1 / target
             if missing <= 0:
                 break
-            ratio += max(missing / 2, 1e-3)
+            ratio += 1e-3
         recalibrate(result, self.batches)
         return result
 
