@@ -216,17 +216,22 @@ def report(masks: Masks, input_shape: Sequence[int]) -> MaskReport:
     return MaskReport(layers, *sums, whole, nonzero)
 
 
-def mask_columns(model: nn.Module, example: Any) -> dict[str, Any]:
+def mask_report(model: nn.Module, example: Any) -> MaskReport | None:
+    """The counts of a masked network; None for one without masks, and where `example` is not one tensor `[n, ...]`."""
+    return report(Masks.of(model), example.shape[1:]) if mask_names(model) and isinstance(example, Tensor) else None
+
+
+def mask_columns(model: nn.Module, example: Any, found: MaskReport | None = None) -> dict[str, Any]:
     """What masks add to a row of results: density, macs_nonzero (one input), effective_density, empty_layers, dead_channels.
 
-    Empty for a network without masks; the density alone where `example` is not one tensor `[n, ...]`.
+    Empty for a network without masks; the density alone where `example` is not one tensor `[n, ...]`. `found`: its counts, where they are
+    known already.
     """
     if not mask_names(model):
         return {}
-    masks = Masks.of(model)
-    if not isinstance(example, Tensor):
-        return {"density": masks.density}
-    found = report(masks, example.shape[1:])
+    found = found or mask_report(model, example)
+    if found is None:
+        return {"density": Masks.of(model).density}
     return {
         "density": found.density,
         "macs_nonzero": round(found.macs_nonzero),

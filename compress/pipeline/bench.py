@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from compress.api import widths
 from compress.cost import Cost, count
-from compress.effective import mask_columns
+from compress.effective import mask_columns, mask_report
 from compress.errors import RunError
 from compress.latency import compare, peak_memory
+from compress.masks import Masks
+from compress.masks.histograms import weight_histograms
 from compress.network_file import load
 from compress.pipeline.folder import digest
 from compress.pipeline.stages import Base, Job
@@ -33,10 +35,13 @@ def measure(job: Job, base: Base, entries: list[dict[str, Any]]) -> tuple[list[d
     for entry in entries:
         network, example = networks[entry["name"]], job.prepared.example.to(job.dist.device)
         row = _row({"budget": job.config.prune.budget, **entry}, count(network, example), dense, base, timed[entry["name"]])
-        rows.append(row | mask_columns(network, example))
+        counted = mask_report(network, example)
+        rows.append(row | mask_columns(network, example, counted))
         if all(before == after for before, after in entry["widths"].values()):
             entry = {**entry, "widths": None}  # ranks or masks changed instead, and a flat line of widths says nothing
-        details[entry["name"]] = {key: entry[key] for key in ("widths", "ranks", "history", "pinned", "coverage", "verified", "layer_density") if entry.get(key)}
+        details[entry["name"]] = {key: entry[key] for key in ("widths", "ranks", "history", "pinned", "coverage", "verified") if entry.get(key)}
+        if counted is not None:
+            details[entry["name"]]["mask"] = counted.to_dict() | {"histograms": weight_histograms(Masks.of(network), base.model)}
     return rows, details
 
 

@@ -140,7 +140,6 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     spent += time.perf_counter() - started
     row, changed = effect(base.model, result, example)
     info = {**info, **row, "widths": changed, "ranks": ranks(result), "seconds": info["seconds"] + spent, "verified": done.meta.get("verified"),
-            "layer_density": done.meta.get("mask", {}).get("layer_density"),
             "accuracy_oneshot": evaluate(result, job.data.test, config.data.eval_batch_size)["accuracy"],
             "frozen": [name for name, parameter in result.named_parameters() if not parameter.requires_grad]}
     if chosen.by_channels:

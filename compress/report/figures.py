@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -86,3 +88,44 @@ def png(chart: Chart) -> bytes:
     buffer = io.BytesIO()
     draw(chart).savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def histograms_png(title: str, panels: Sequence[Mapping[str, Any]], columns: int = 6) -> bytes:
+    """Small multiples of `compress.report.masks.panels` as a PNG file: before pruning grey, kept weights blue, each to its own height.
+
+    All panels share one axes, so that networks of a hundred layers are drawn in a second.
+    """
+    columns = min(columns, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(0.4 + 1.6 * columns, 0.7 + 1.05 * rows), dpi=130)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.02, 0.0, 0.96, 1 - 0.55 / (0.7 + 1.05 * rows)))
+    axes.set(xlim=(0, columns * 1.15 - 0.15), ylim=(rows * 1.75, 0), xticks=[], yticks=[])
+    axes.set_axis_off()
+    for index, panel in enumerate(panels):
+        x, y = (index % columns) * 1.15, (index // columns) * 1.75
+        for key, face, edge, alpha in (("before", "#9aa3b2", "none", 0.45), ("after", PALETTE[0], PALETTE[0], 0.4)):
+            points = corners(panel["counts"][key])
+            if points:
+                axes.fill([x + a for a, _ in points], [y + b for _, b in points], facecolor=face, edgecolor=edge, alpha=alpha, linewidth=0.8)
+        axes.plot([x, x + 1], [y + 1, y + 1], color=INK, linewidth=0.8)
+        zero = x + panel["origin"]
+        axes.plot([zero, zero], [y, y + 1], color=INK, linewidth=0.5, linestyle=(0, (2, 3)))
+        name = panel["name"] if len(panel["name"]) <= 26 else "\N{HORIZONTAL ELLIPSIS}" + panel["name"][-25:]
+        style = {"fontsize": 6, "color": INK, "parse_math": False}
+        axes.text(x, y + 1.2, panel["low"], **style)
+        axes.text(x + 1, y + 1.2, panel["high"], ha="right", **style)
+        axes.text(x + 0.5, y + 1.45, name, ha="center", **style)
+    figure.suptitle(f"{title}: before (grey) and kept (blue)", fontsize=9, fontweight="bold", color=INK, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def corners(counts: Sequence[int]) -> list[tuple[float, float]]:
+    """The outline of a histogram in a box of 1 x 1 with y downwards, the highest bin as high as the box; empty without counts."""
+    top, step = max(counts, default=0), 1 / max(len(counts), 1)
+    if not top:
+        return []
+    bars = [((index + side) * step, 1 - number / top) for index, number in enumerate(counts) for side in (0, 1)]
+    return [(0.0, 1.0), *bars, (1.0, 1.0)]

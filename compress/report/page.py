@@ -1,7 +1,7 @@
 """The report: one self-contained HTML page and the figures as PNG files, both made from what results.json holds.
 
 `results["meta"]["details"]` maps an entry's name (`<method>-<budget><ratio>-s<seed>`, or `dense`) to any of: `widths` and `ranks`
-{layer: [before, after]} (a rank may be a list of several), `history` (a list of epochs: epoch, lr, train_loss, train_accuracy,
+{layer: [before, after]} (a rank may be a list of several), `mask` (see `compress.report.masks`), `history` (a list of epochs: epoch, lr, train_loss, train_accuracy,
 val_loss, val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}.
 Of the other keys of `meta`, `config` is the resolved configuration and `data` {split: images}; they and all the rest are listed as the
 environment.
@@ -17,20 +17,21 @@ from typing import Any
 import jinja2
 
 from ..files import write_bytes, write_text
-from . import chart, svg, tables
+from . import chart, masks, svg, tables
 from .results import entry_name
 from .series import DENSE, QUANTITIES
-from .summary import sentences
+from .summary import Sentence, sentences
 
 Results = Mapping[str, Any]
 
 
 def charts(results: Results) -> dict[str, list[chart.Chart]]:
-    """All figures by section: results, widths, training."""
+    """All figures by section: results, widths, masks, training."""
     rows, details = results["rows"], results["meta"].get("details") or {}
     return {
         "results": chart.result_charts(rows),
         "widths": chart.width_charts(rows, details),
+        "masks": masks.density_charts(rows, details),
         "training": chart.training_charts(rows, details),
     }
 
@@ -41,7 +42,7 @@ def write_report(folder: Path | str, results: Results) -> Path:
     Figures of an earlier report that these results have no use for are removed.
     """
     # matplotlib takes long to import; who only writes results does not need it.
-    from .figures import png
+    from .figures import histograms_png, png
 
     folder = Path(folder)
     drawn = charts(results)
@@ -49,6 +50,11 @@ def write_report(folder: Path | str, results: Results) -> Path:
     for one in (item for section in drawn.values() for item in section):
         names.add(f"{_file_name(one.key)}.png")
         write_bytes(folder / "figures" / f"{_file_name(one.key)}.png", png(one))
+    for entry, (_, mask) in masks.masked(results["rows"], results["meta"].get("details") or {}).items():
+        if mask.get("histograms"):
+            name = f"weights_{_file_name(entry)}.png"
+            names.add(name)
+            write_bytes(folder / "figures" / name, histograms_png(f"Weights per layer, {entry}", masks.panels(mask)))
     for path in (folder / "figures").glob("*.png"):
         if path.name not in names:
             path.unlink()
@@ -78,12 +84,13 @@ def render(results: Results, drawn: Mapping[str, list[chart.Chart]]) -> str:
     return environment.get_template("report.html.jinja").render(
         title=(meta.get("config") or {}).get("name") or "Compression report",
         subtitle=subtitle,
-        summary=sentences(rows, meta),
+        summary=sentences(rows, meta) + [Sentence(text, warning=True) for text in masks.warnings(rows, details)],
         overview=tables.overview(rows),
         tables=tables.method_tables(rows),
         figures={section: [svg.layout(one) for one in items] for section, items in drawn.items()},
         quantities=QUANTITIES,
         layers=tables.layer_table(rows, details),
+        masks=masks.mask_table(rows, details),
         networks=_networks(results),
         pinned=_pinned(details),
         environment=_flat(meta),
@@ -114,11 +121,13 @@ def _networks(results: Results) -> list[dict[str, Any]]:
         shown = {
             "name": name,
             "bars": None if name == DENSE else svg.bars(detail),
+            "mask": masks.layer_table(name, detail["mask"]) if detail.get("mask") else None,
+            "histograms": masks.panels(detail.get("mask") or {"layers": []}),
             "curves": [svg.layout(one) for one in curves if one],
             "verified": _checks(detail.get("verified")),
             "coverage": [_coverage(line) for line in detail.get("coverage") or []],
         }
-        if any(shown[key] for key in ("bars", "curves", "verified", "coverage")):
+        if any(shown[key] for key in ("bars", "mask", "curves", "verified", "coverage")):
             result.append(shown)
     return result
 

@@ -122,7 +122,7 @@ def detail(rng: random.Random, method: str, ratio: float, blocks: int, epochs: l
     """Details of one network."""
     result: dict[str, Any] = {"history": epochs, "verified": {"max_relative_difference": 3.1e-7, "batch": 2}}
     if method.startswith("mask_"):
-        return result
+        return result | {"mask": mask(rng, ratio, blocks)}
     kept = {
         name: max(1, round(width * min(1.0, max(0.05, (1 - ratio) ** 0.5 * rng.uniform(0.5, 1.4)))))
         for name, width in layers(blocks).items()
@@ -142,3 +142,26 @@ def detail(rng: random.Random, method: str, ratio: float, blocks: int, epochs: l
         {"layer": "linear", "status": "pinned", "reason": "output of the network"}
     ]
     return result
+
+
+def mask(rng: random.Random, ratio: float, blocks: int) -> dict[str, Any]:
+    """Counts and histograms of a masked network: at ratios above 0.8 the last layer is empty, and part of the others has no effect."""
+    found, histograms = [], {}
+    for index, (name, width) in enumerate(sizes := list(layers(blocks).items())):
+        weights = 9 * width * width
+        kept = 0 if ratio > 0.8 and index == len(sizes) - 1 else max(1, round(weights * (1 - ratio) * rng.uniform(0.5, 1.4)))
+        effective = kept if ratio <= 0.8 else kept // 2
+        cost = 64 * weights
+        found.append({
+            "name": f"{name}.weight", "shape": [width, width, 3, 3], "weights": weights, "kept": kept, "effective": effective,
+            "density": kept / weights, "macs": cost, "macs_nonzero": cost * kept / weights, "channels": width,
+            "dead_channels": 0 if kept else width,
+        })  # fmt: skip
+        before, after = [1, 4, 9, 4, 1], [kept // 2, 0, 0, 0, kept - kept // 2]
+        histograms[f"{name}.weight"] = {"low": -0.5, "high": 0.5, "before": before, "after": after}
+    sums = {key: sum(layer[key] for layer in found) for key in ("weights", "kept", "effective", "macs", "macs_nonzero", "dead_channels")}
+    return sums | {
+        "density": sums["kept"] / sums["weights"], "effective_density": sums["effective"] / sums["weights"],
+        "compression_ratio": sums["weights"] / sums["kept"], "effective_compression_ratio": sums["weights"] / sums["effective"],
+        "empty_layers": [layer["name"] for layer in found if not layer["kept"]], "layers": found, "histograms": histograms,
+    }  # fmt: skip
