@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress import arguments
 from compress.cost import Cost, count
 from compress.errors import UserError
 from compress.graph import CoverageRow, trace
@@ -26,7 +27,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class Report:
     """What a compression did. Fractions are of the original network; `widths` maps a layer to its output width before and after.
 
-    `pinned` and `coverage` say what channel methods may not touch, `verified` what the check after surgery found; `density` is of masks.
+    `pinned` names what the method may not touch (parameters; layers for factorizations) with the reason, `coverage` is of channel methods,
+    `verified` says what the check after surgery found; `density` is of masks.
     """
 
     method: str
@@ -98,10 +100,13 @@ def _batches(calibration: Batches, device: torch.device) -> list[tuple[Tensor, T
     for number, batch in enumerate(calibration):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch) or len(batch[0]) != len(batch[1]):
             raise UserError(f"{wanted}; batch {number} is none.")
-        batches.append((batch[0].to(device), batch[1].to(device)))
+        if len(batch[0]):
+            # Autograd refuses tensors that were made in inference mode; a copy is an ordinary one.
+            batches.append(tuple((part.clone() if part.is_inference() else part).to(device) for part in batch))
     return batches
 
 
+@torch.inference_mode(False)  # a caller's inference mode would make every tensor of the result unusable for training
 def compress(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
@@ -156,15 +161,14 @@ def compress(
         For an unknown method or option, a budget that cannot be reached, or missing calibration data.
     """
     budget = {"macs": 0.5} if budget is None else budget
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"The network is a {type(model).__name__}, expected a torch.nn.Module.")
+    arguments.check(model, example_inputs, method, options, loss_fn, seed, max_layer_ratio, round_to)
+    exclude = arguments.patterns(exclude)
     chosen = find_method(method)
     chosen.check(options or {})
     if not isinstance(budget, dict) or len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
         raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{{chosen.budgets[0]!r}: 0.5}}.")
     (quantity, ratio), = budget.items()
-    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+    if not arguments.is_number(ratio, float) or not 0 <= ratio < 1:
         raise UserError(f"budget={budget!r}: the ratio is the fraction removed, in [0, 1).")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = _batches(calibration, device) if calibration is not None else []
@@ -184,6 +188,6 @@ def compress(
     old, new = widths(model), widths(result)
     report = Report(
         method=method, budget=budget, before=count(model, example_inputs), after=count(result, example_inputs),
-        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned) if chosen.by_channels else {}, ranks=ranks(result),
+        widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned) if chosen.by_channels else plan.meta.get("skipped", {}), ranks=ranks(result),
         coverage=list(graph.coverage()) if chosen.by_channels else [], verified=plan.meta.get("verified"), density=plan.meta.get("mask", {}).get("density"))
     return result, plan, report

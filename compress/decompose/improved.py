@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -29,9 +29,10 @@ from compress.curvature.quadratic import channel_moment, nearest_kronecker, spat
 from compress.decompose.eigen import merge_outer, rotate
 from compress.decompose.factors import Factors
 from compress.decompose.modules import build_block, replace_module
-from compress.decompose.rounds import (BLOCKS, EigenDamageOptions, Scored, apply_round, block_input_shape, fraction_for, proposal, select,
-                                       targets)
+from compress.decompose.budget import choice_for
+from compress.decompose.rounds import EigenDamageOptions, Scored, apply_round, block_input_shape, options_of, proposal
 from compress.decompose.selection import Sides
+from compress.decompose.targets import BLOCKS, targets
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 
@@ -83,6 +84,10 @@ class ImprovedOptions(EigenDamageOptions):
     def form(self) -> str:
         """Shape of the blocks."""
         return {"cp": "depthwise", "svd": "output"}.get(self.decomposition, "three")
+
+    def unsplit(self) -> Self:
+        """The same options for a layer that stays in three factors."""
+        return self.model_copy(update={"depthwise": False, "decomposition": "tucker"})
 
 
 @dataclass
@@ -184,13 +189,13 @@ def cut(model: nn.Module, batches: Sequence[Any], options: ImprovedOptions, stat
     needed: (parameters, MACs per image) to save; the threshold is then bisected. Raises as `rounds.eigendamage_round`.
     """
     scored = cycle_scores(model, batches, options, generator, exclude)
-    kept = select(scored, options, options.pool_fraction if needed is None else fraction_for(scored, options, needed))
+    kept, split = choice_for(scored, options, needed)
     if options.allow_increase:
         changed = [name for name, sides in kept.items() if (len(sides.rows), len(sides.columns)) != tuple(scored[name].weight.shape[:2])]
         for name in changed:
-            replace_module(model, name, build_block(scored[name].module, cycle_proposal(scored[name], kept[name], options)))
+            replace_module(model, name, build_block(scored[name].module, cycle_proposal(scored[name], kept[name], options_of(name, options, split))))
     else:
-        changed = apply_round(model, scored, kept, options, cycle_proposal)
+        changed = apply_round(model, scored, kept, options, cycle_proposal, split)
     _remember(state, scored, {name: kept[name] for name in changed}, options.pool_momentum)
     return changed
 

@@ -190,12 +190,29 @@ def smaller(new: nn.Module, old: nn.Module, input_shape: tuple[int, ...]) -> boo
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` at the dotted name, and at every other name under which the same module is reachable: shared layers stay shared."""
+    """Puts `new` at the dotted name, and at every other name under which the same module is reachable: shared layers stay shared.
+
+    A transformer layer around a block is made to call its layers (see `_call_layers`).
+    """
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    _call_layers(model, parent)
+
+
+def _call_layers(model: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
+    """Makes a layer, and the encoders that hold it, call their linear layers in evaluation mode too.
+
+    Without gradients both use fused operators that read `linear1.weight` and `linear2.weight`, which a block has not. These attributes
+    are what torch itself sets where the fused operators do not apply; nothing else reads them.
+    """
+    layer.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(part is layer for part in module.layers):
+            module.use_nested_tensor = False
 
 
 def describe(block: FactorizedConv2d | FactorizedLinear) -> dict[str, Any]:

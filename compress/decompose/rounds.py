@@ -6,10 +6,9 @@ its core, and the new rotations are merged into its outer factors (their outer w
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -20,11 +19,10 @@ from compress.curvature import collect
 from compress.curvature.linalg import Spectrum
 from compress.decompose.eigen import bases, depthwise, importance, keep_coordinates, merge_outer
 from compress.decompose.factors import Factors, orthonormalise
-from compress.decompose.modules import FactorizedConv2d, FactorizedLinear, build_block, factors_cost, layer_cost, replace_module
+from compress.decompose.modules import FactorizedLinear, build_block, factors_cost, layer_cost, replace_module
 from compress.decompose.selection import Sides, keep, normalized, pool, threshold
+from compress.decompose.targets import BLOCKS, targets
 from compress.errors import UserError
-
-BLOCKS = (FactorizedConv2d, FactorizedLinear)
 
 
 class EigenDamageOptions(Section):
@@ -62,6 +60,10 @@ class EigenDamageOptions(Section):
         """Shape of the blocks: "three" factors, or a "depthwise" core where the kernel is larger than 1x1."""
         return "depthwise" if self.depthwise else "three"
 
+    def unsplit(self) -> Self:
+        """The same options for a layer that stays in three factors."""
+        return self.model_copy(update={"depthwise": False})
+
 
 @dataclass
 class Scored:
@@ -72,36 +74,7 @@ class Scored:
     spectra: tuple[Spectrum, Spectrum]
     sides: Sides
     input_shape: tuple[int, ...]
-
-
-def targets(model: nn.Module, skip_last: bool = True, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """Layer name -> name whose statistics it needs (a three-factor block's core, else the layer itself).
-
-    Taken are Linear and Conv2d without groups (exactly these types) and three-factor blocks; not the last linear layer, nor names that
-    match a pattern of `exclude`.
-    """
-    found: dict[str, str] = {}
-    linear: str | None = None
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BLOCKS):
-            inside = (*inside, f"{name}.")
-            if (
-                module.factors().core is not None
-                and len(module) == 3
-                and not getattr(module, "depthwise", False)
-                and getattr(module, "groups", 1) == 1
-            ):
-                found[name] = f"{name}.core"
-        elif type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1):
-            found[name] = name
-        if isinstance(module, (nn.Linear, FactorizedLinear)):
-            linear = name
-    if skip_last and linear is not None:
-        found.pop(linear, None)
-    return {name: source for name, source in found.items() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)}
+    split_loss: float | None = None  # of its core, measured once
 
 
 def block_input_shape(module: nn.Module, core_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -168,14 +141,21 @@ def shapes_only(scored: Scored, kept: Sides, form: str) -> Factors:
         return Factors(torch.empty(r_in, inputs), torch.empty(r_out, r_in, *kernel), torch.empty(outputs, r_out))
 
 
-def accepted(scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions) -> dict[str, tuple[int, int]]:
-    """Layers that get smaller -> (parameters, MACs per image) saved."""
+def options_of(name: str, options: EigenDamageOptions, split: Collection[str] | None) -> EigenDamageOptions:
+    """The options for one layer: only layers in `split` get a depthwise core (None: all)."""
+    return options if split is None or name in split else options.unsplit()
+
+
+def accepted(scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions,
+             split: Collection[str] | None = None) -> dict[str, tuple[int, int]]:
+    """Layers that get smaller -> (parameters, MACs per image) saved; `split` as in `options_of`."""
     savings = {}
     for name, entry in scored.items():
+        form = options_of(name, options, split).form
         old = layer_cost(entry.module, entry.input_shape)
-        new = factors_cost(entry.module, shapes_only(entry, kept[name], options.form), entry.input_shape)
+        new = factors_cost(entry.module, shapes_only(entry, kept[name], form), entry.input_shape)
         # the layer as it is, in its own basis, is no compression even where a count allows it
-        untouched = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2] and options.form == "three"
+        untouched = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2] and form == "three"
         smaller = new[0] < old[0] and new[1] < old[1] if options.accept == "both" else new[0] <= old[0]
         if smaller and not untouched:
             savings[name] = old[0] - new[0], old[1] - new[1]
@@ -190,55 +170,17 @@ def select(scored: dict[str, Scored], options: EigenDamageOptions, pool_fraction
     return keep(sides, threshold(pool(sides), options.pool_fraction if pool_fraction is None else pool_fraction), options.cap)
 
 
-def fraction_for(scored: dict[str, Scored], options: EigenDamageOptions, needed: tuple[int, int]) -> float:
-    """The smallest pool fraction that saves at least `needed` (parameters, MACs per image), by bisection on exact counts.
-
-    Raises
-    ------
-    UserError: more than the cap allows; says what can be saved.
-    """
-    total = sum(entry.sides.rows.numel() + entry.sides.columns.numel() for entry in scored.values())
-
-    def saved(count: int) -> tuple[int, int]:
-        savings = accepted(scored, select(scored, options, count / total), options).values()
-        return sum(s[0] for s in savings), sum(s[1] for s in savings)
-
-    def enough(count: int) -> bool:
-        return all(have >= want for have, want in zip(saved(count), needed, strict=True))
-
-    low, high = 0, total - 1
-    if not enough(high):
-        parameters, macs = saved(high)
-        raise UserError(f"This round can save at most {parameters} parameters and {macs} MACs under the cap of {options.cap:g}, "
-                        f"but {needed[0]} and {needed[1]} are needed; use more rounds or a smaller ratio.")
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    return low / total
-
-
 def apply_round(model: nn.Module, scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions,
-                propose: Callable[[Scored, Sides, Any], Factors] = proposal) -> list[str]:
-    """Replaces, in place, every layer that gets smaller by what `propose` gives; returns their names."""
-    changed = list(accepted(scored, kept, options))
+                propose: Callable[[Scored, Sides, Any], Factors] = proposal, split: Collection[str] | None = None) -> list[str]:
+    """Replaces, in place, every layer that gets smaller by what `propose` gives; returns their names. `split` as in `options_of`."""
+    changed = list(accepted(scored, kept, options, split))
     for name in changed:
         entry = scored[name]
         sides = Sides(*(side.to(entry.weight.device) for side in kept[name]))
-        block = build_block(entry.module, propose(entry, sides, options))
+        block = build_block(entry.module, propose(entry, sides, options_of(name, options, split)))
         if options.fix_rotation:
             for factor in ("input", "output"):
                 if hasattr(block, factor):
                     getattr(block, factor).weight.requires_grad_(False)
         replace_module(model, name, block)
     return changed
-
-
-def eigendamage_round(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions, generator: torch.Generator | None = None,
-                      exclude: Sequence[str] = (), needed: tuple[int, int] | None = None) -> list[str]:
-    """One round in place: scores, threshold (`options.pool_fraction`, or bisected to save `needed` parameters and MACs), replacement.
-
-    Returns the names of the replaced layers. Raises UserError as `scores` and `fraction_for`.
-    """
-    scored = scores(model, batches, options, generator, exclude)
-    fraction = options.pool_fraction if needed is None else fraction_for(scored, options, needed)
-    return apply_round(model, scored, select(scored, options, fraction), options)

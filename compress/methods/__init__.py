@@ -95,8 +95,7 @@ def parse_options(method: str, options: type[Section], given: dict[str, Any]) ->
 def carry_out(name: str, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
     """Compress `model` in place by the method `name`, and see that the result runs as it will be used.
 
-    Raises `RunError` where it does not: a module may read the weight of a layer inside it, which a factorized layer has not (the fused
-    evaluation path of `nn.TransformerEncoderLayer` does).
+    Raises `RunError` where it does not: a module of the user may read the weight of a layer inside it, which a factorized layer has not.
     """
     plan = method(name).apply(model, context, state, budget)
     try:

@@ -1,6 +1,6 @@
 """EigenDamage and its relatives as methods: one threshold over the rows and columns of all layers in their Kronecker-factored eigenbasis.
 
-Under a budget the threshold is bisected on the counts of the blocks that it leads to (`compress.decompose.rounds`).
+Under a budget the threshold is bisected on the counts of the blocks that it leads to (`compress.decompose.budget`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from compress.decompose.budget import choice_for
 from compress.decompose.improved import CycleState, ImprovedOptions, cut, grow
-from compress.decompose.rounds import EigenDamageOptions, apply_round, fraction_for, scores, select
+from compress.decompose.rounds import EigenDamageOptions, apply_round, scores
+from compress.decompose.targets import left_alone
 from compress.methods import METHODS, Context, parse_options
 from compress.plan import Plan
 from compress.steps.factorize import blocks, factorize_step
@@ -52,9 +54,10 @@ class EigenDamageMethod:
     def apply(self, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
         """One round on `model`, in place."""
         options, before = self.options(context.options), blocks(model)
-        kept = select(state, options, fraction_for(state, options, needed(context, budget)))
-        apply_round(model, state, kept, options)
-        return Plan([factorize_step(before, model)])
+        skipped = left_alone(model, options.skip_last, context.exclude)
+        kept, split = choice_for(state, options, needed(context, budget))
+        apply_round(model, state, kept, options, split=split)
+        return Plan([factorize_step(before, model)], {"skipped": skipped})
 
 
 class ImprovedMethod(EigenDamageMethod):
@@ -68,10 +71,11 @@ class ImprovedMethod(EigenDamageMethod):
 
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """The cut of one cycle, in place; what growth will draw from is kept in the plan."""
-        cycle, before = CycleState(), blocks(model)
+        options, cycle, before = self.options(context.options), CycleState(), blocks(model)
+        skipped = left_alone(model, options.skip_last, context.exclude)
         # A copy of the generator, so that one ratio does not depend on the ratios before it.
-        cut(model, context.batches, self.options(context.options), cycle, context.generator.clone_state(), context.exclude, needed(context, budget))
-        return Plan([factorize_step(before, model)], {"grow": {"shares": cycle.shares, "removed": cycle.removed}})
+        cut(model, context.batches, options, cycle, context.generator.clone_state(), context.exclude, needed(context, budget))
+        return Plan([factorize_step(before, model)], {"grow": {"shares": cycle.shares, "removed": cycle.removed}, "skipped": skipped})
 
     def regrow(self, model: nn.Module, context: Context, meta: dict[str, Any]) -> Plan:
         """The growth of one cycle, in place, from the `meta` of its cut's plan."""

@@ -5,7 +5,6 @@ Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack ("glob
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from compress.curvature.linalg import damped, power, Spectrum
 from compress.curvature.quadratic import channel_moment
 from compress.decompose.factors import Factors
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
-from compress.decompose.modules import build_block, dense_weight, factorizable, replace_module
+from compress.decompose.modules import build_block, dense_weight, replace_module
+from compress.decompose.targets import candidates
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
@@ -109,13 +109,13 @@ class RankMethod:
         limit = (1 - ratio) * original - (current - sum(menu.costs[0][index] for menu in menus))
         limit = max(limit, min(least(menus, index), limit + TOLERANCE * original))
         chosen = (choose if context.allocation == "global" else uniform)(menus, index, limit)
-        before = blocks(model)
+        before, skipped = blocks(model), candidates(model, context.exclude)[1]
         for menu, option in zip(menus, chosen):
             if menu.ranks[option] is not None:
                 module = model.get_submodule(menu.name)
                 factors = self.kind.factors(dense_weight(module).detach(), menu.ranks[option], moments.get(menu.name))
                 replace_module(model, menu.name, build_block(module, factors))
-        return Plan([factorize_step(before, model)])
+        return Plan([factorize_step(before, model)], {"skipped": skipped})
 
     def _menu(self, name: str, module: nn.Module, input_shape: tuple[int, ...], entry: LayerFactors | None, estimate: bool = True) -> Menu:
         weight = dense_weight(module).detach()
@@ -183,13 +183,8 @@ def layer_inputs(context: Context) -> dict[str, tuple[int, ...]]:
     """Input shape of one image for every layer that may be factorized, in the order of the network's modules."""
     found: dict[str, tuple[int, ...]] = {}
     handles = []
-    inside: tuple[str, ...] = ()
-    for name, module in context.model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if factorizable(module) and getattr(module, "groups", 1) == 1 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in context.exclude):
-            inside = (*inside, f"{name}.")
-            handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: found.__setitem__(name, tuple(inputs[0].shape[1:]))))
+    for name, module in candidates(context.model, context.exclude)[0].items():
+        handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: found.__setitem__(name, tuple(inputs[0].shape[1:]))))
     try:
         with undisturbed(context.model), torch.no_grad():
             context.model(*arguments(context.example))

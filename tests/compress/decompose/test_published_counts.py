@@ -3,7 +3,7 @@
 import torch
 
 from compress.cost import count
-from compress.decompose.rounds import targets
+from compress.decompose.targets import targets
 from compress.siblings import own
 
 

@@ -9,19 +9,19 @@ from compress.cost import count
 from compress.curvature import collect
 from compress.curvature.quadratic import predicted_loss
 from compress.decompose import FactorizedConv2d, recompose
+from compress.decompose.eigen import depthwise, keep_coordinates
 from compress.decompose.modules import dense_weight
+from compress.decompose.budget import choice_for, eigendamage_round, fraction_for, split_loss, splits_for
 from compress.decompose.rounds import (
     EigenDamageOptions,
     accepted,
     apply_round,
-    eigendamage_round,
-    fraction_for,
     proposal,
     scores,
     select,
-    targets,
 )
 from compress.decompose.selection import Sides, keep, normalized, pool, threshold
+from compress.decompose.targets import left_alone, targets
 from compress.errors import RunError, UserError
 from tests.compress.decompose.nets import batches, network
 
@@ -195,4 +195,30 @@ def test_one_image_and_dead_layers_give_a_working_network():
     with torch.no_grad():
         net.a.weight.zero_()
     eigendamage_round(net, [(X[:1], torch.tensor([0]))], EXACT)
+    assert torch.isfinite(net(X)).all()
+
+
+def test_under_a_budget_the_cheapest_layers_are_split_and_no_more_than_it_needs():
+    net, options = network(), EXACT.model_copy(update={"depthwise": True})
+    entries = scores(net, batches(), options)
+    everything = select(entries, options, 0.0)
+    savings = accepted(entries, everything, options)
+    most = sum(parameters for parameters, _ in savings.values())
+    for name, entry in entries.items():
+        if name in savings:
+            split = depthwise(keep_coordinates(entry.weight, *(spectrum.vectors for spectrum in entry.spectra), *everything[name]))
+            factors = collect(net, batches(), fisher="exact", patch="channel", bias=False)[name]
+            expected = predicted_loss(recompose(split) - entry.weight, factors.A, factors.G).item()
+            assert split_loss(entry) == pytest.approx(expected, rel=1e-3)
+    order = sorted(savings, key=lambda name: split_loss(entries[name]) / savings[name][0])
+    # enough for the first layer of this order, not for the first two
+    wanted = savings[order[0]][0] + savings[order[1]][0] // 2
+    assert splits_for(entries, options, (wanted, 0)) >= {order[0]} and order[1] not in splits_for(entries, options, (wanted, 0))
+    kept, chosen = choice_for(entries, options, (wanted, 0))
+    assert wanted <= sum(parameters for parameters, _ in accepted(entries, kept, options, chosen).values()) < savings[order[0]][0] + savings[order[1]][0]
+    # as published once splitting everything is not enough
+    assert splits_for(entries, options, (most + 1, 0)) is None and choice_for(entries, options, None).split is None
+    changed = apply_round(net, entries, kept, options, split=chosen)
+    forms = {name: getattr(net.get_submodule(name), "depthwise", False) for name in changed}
+    assert forms[order[0]] and {name for name, form in forms.items() if form} <= chosen
     assert torch.isfinite(net(X)).all()

@@ -127,3 +127,14 @@ def test_excluded_layers_stay(network):
     small, _, report = compress(network, torch.zeros(1, 3, 16, 16), method="tucker", budget={"macs": 0.2}, exclude=["layer1.*", "layer2.0.*"])
     assert report.ranks and not any(name.startswith(("layer1.", "layer2.0.")) for name in report.ranks)
     assert torch.equal(small.layer1[0].conv1.weight, network.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize("quantity", ["macs", "params"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_the_depthwise_variant_splits_no_more_than_the_budget_needs(network, quantity, ratio):
+    batches = _calibration()
+    x = batches[0][0][:1]
+    small, _, report = compress(network, x, batches, method="eigendamage_depthwise", budget={quantity: ratio})
+    removed = 1 - getattr(count(small, x), quantity) / getattr(count(network, x), quantity)
+    assert ratio <= removed <= ratio + 0.02
+    assert any(getattr(small.get_submodule(name), "depthwise", False) for name in report.ranks)
