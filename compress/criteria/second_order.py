@@ -7,7 +7,7 @@ different things), or both. Losses of members add up. Formulas: `compress.curvat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +110,22 @@ def layer_of(model: nn.Module) -> Callable[[Any], str]:
     return lambda member: names[id(model.get_submodule(member.parameter.rpartition(".")[0]))]
 
 
+def losing(graph: Any, model: nn.Module, removals: Mapping[Any, Any], compensation: str) -> Iterator[tuple[str, Any, Tensor]]:
+    """(layer, member, channel numbers) of every weight that loses channels and is updated under this choice of `Compensation`.
+
+    removals: group or group name -> channel numbers, as for `graph.prune`.
+    """
+    by_name = {group.name: group for group in graph.groups}
+    owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
+              for name in module._parameters}
+    name = layer_of(model)
+    for key, removed in removals.items():
+        channels = torch.as_tensor(removed, dtype=torch.long).flatten().cpu()
+        for member in (by_name[key] if isinstance(key, str) else key).members if len(channels) else ():
+            if member.role in ROLES[compensation] and measured(member, owners):
+                yield name(member), member, channels
+
+
 class SecondOrder(Criterion):
     """Base of the Kronecker criteria; subclasses set the formulas of rows and columns, OBS kinds also `compensates`."""
 
@@ -178,25 +194,13 @@ def compensate(
 
     All channels of one layer are compensated together: kept columns take over what the removed ones carried (least squares on the
     layer's real inputs; the bias takes part), kept rows what the removed ones did to the loss. Removed entries are left as they are:
-    surgery cuts them.
-
-    Parameters
-    ----------
-    removals: group or group name -> channel numbers, as for `graph.prune`.
+    surgery cuts them. `removals` as for `losing`.
     """
-    by_name = {group.name: group for group in graph.groups}
-    owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
-              for name in module._parameters}
-    name = layer_of(model)
     removed: dict[str, dict[str, Tensor]] = {}
-    for key, channels in removals.items():
-        group = by_name[key] if isinstance(key, str) else key
-        channels = torch.as_tensor(channels, dtype=torch.long).flatten().cpu()
-        for member in group.members if len(channels) else ():
-            if member.role in ROLES[options.compensation] and measured(member, owners):
-                roles = removed.setdefault(name(member), {})
-                earlier = roles.get(member.role, torch.zeros(0, dtype=torch.long))
-                roles[member.role] = torch.cat([earlier, member.indices[channels].flatten()]).unique()
+    for layer, member, channels in losing(graph, model, removals, options.compensation):
+        roles = removed.setdefault(layer, {})
+        earlier = roles.get(member.role, torch.zeros(0, dtype=torch.long))
+        roles[member.role] = torch.cat([earlier, member.indices[channels].flatten()]).unique()
     if not removed:
         return
     factors = statistics(model, batches, removed, generator, options)

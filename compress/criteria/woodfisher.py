@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.criteria import CRITERIA
 from compress.criteria.base import Criterion, Options
-from compress.criteria.second_order import ROLES, Compensation, SecondOrder, layer_of, measured
+from compress.criteria.second_order import Compensation, SecondOrder, layer_of, losing
 from compress.curvature import woodfisher
 from compress.curvature.feed import find_layers
 from compress.curvature.per_sample import visit
@@ -78,17 +78,10 @@ class WoodFisher(Criterion):
     ) -> None:
         """Updates, in place and jointly per layer, the weights that stay when `graph.prune(model, removals)` removes channels next."""
         chosen = cls.parse(options)
-        owners = {f"{prefix}.{name}" if prefix else name: module for prefix, module in model.named_modules(remove_duplicate=False)
-                  for name in module._parameters}
-        by_name = {group.name: group for group in graph.groups}
-        name = layer_of(model)
         gone: dict[str, list[Tensor]] = {}
-        for key, channels in removals.items():
-            channels = torch.as_tensor(channels, dtype=torch.long).flatten().cpu()
-            for member in (by_name[key] if isinstance(key, str) else key).members if len(channels) else ():
-                if member.role in ROLES[chosen.compensation] and measured(member, owners):
-                    weight = model.get_submodule(name(member)).weight
-                    gone.setdefault(name(member), []).append(places(weight, member.dim, member.indices[channels]).flatten())
+        for layer, member, channels in losing(graph, model, removals, chosen.compensation):
+            weight = model.get_submodule(layer).weight
+            gone.setdefault(layer, []).append(places(weight, member.dim, member.indices[channels]).flatten())
         for layer, X in gradient_matrices(model, gone, batches, generator, chosen):
             weight = model.get_submodule(layer).weight
             removed = torch.cat(gone[layer]).unique()
