@@ -8,6 +8,7 @@ reads the weights; it runs no code from the folder.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from compress.arguments import unusable
 from compress.errors import UserError
 from compress.files import read_json, write_bytes, write_json, write_text
 from compress.plan import Plan, apply_plan
@@ -61,6 +63,13 @@ def read_weights(model: nn.Module, content: bytes, source: str) -> None:
         model.load_state_dict(state)
 
 
+def _folder(folder: Any) -> Path:
+    try:
+        return Path(folder)
+    except TypeError:
+        raise UserError(f"A network is kept in a folder, and {folder!r} is no path.") from None
+
+
 def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
@@ -78,8 +87,21 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
     info:
         JSON values that are kept in `model.json` beside the toolkit's own entries.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
+    if not isinstance(model, nn.Module) or not isinstance(plan, Plan):
+        raise UserError(f"save takes a network and the plan that led to it, and got a {type(model).__name__} and a {type(plan).__name__}.")
+    if reason := unusable(model):
+        raise UserError(reason)
+    for name, value in info.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{name}={value!r} cannot be kept beside the network, since it is not JSON ({error}).") from None
     content = weights_to_bytes(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made: {error.strerror}.") from None
     write_text(folder / PLAN, plan.to_json() + "\n")
     write_bytes(folder / WEIGHTS, content)
     network = {
@@ -95,7 +117,7 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
 
 def read(folder: str | Path) -> tuple[dict[str, Any], Plan, bytes]:
     """What `save` wrote: the description, the plan and the bytes of the weights; UserError where one is missing or damaged."""
-    folder = Path(folder)
+    folder = _folder(folder)
     network = read_json(folder / NETWORK, "network description")
     if not isinstance(network, dict) or network.get("format") != FORMAT:
         raise UserError(f"{folder / NETWORK} is not a network description of format {FORMAT}; it was written by another version or program.")
@@ -119,8 +141,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     UserError
         For a missing, damaged or foreign folder, and for a network that the plan does not fit.
     """
-    folder = Path(folder)
+    folder = _folder(folder)
     network, plan, content = read(folder)
+    if model is not None and not isinstance(model, nn.Module):
+        raise UserError(f"load(folder, model) takes a freshly built network, and got a {type(model).__name__}.")
     if model is None:
         spec = network.get("build")
         if not isinstance(spec, dict):
@@ -129,6 +153,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             model = own("models").build(**spec)
         except (TypeError, AttributeError) as error:
             raise UserError(f'The "build" entry of {folder / NETWORK} does not describe a network of the registry ({error}).') from None
+    if reason := unusable(model):
+        raise UserError(reason)
     apply_plan(model, plan)
     read_weights(model, content, str(folder / WEIGHTS))
     return model.eval()

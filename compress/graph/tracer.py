@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from compress.arguments import empty, unusable
 from compress.errors import RunError, UserError
 from compress.graph import rules_conv, rules_elementwise, rules_linear, rules_reduce, rules_shape, rules_split  # noqa: F401
 from compress.graph.adapters import on_enter
@@ -39,6 +40,8 @@ def trace(model: nn.Module, example_inputs: Any, *, exclude: Sequence[str] = (),
     Raises UserError where an exclude pattern matches nothing, RunError where the network cannot be run on the example.
     """
     _refuse(model)
+    if reason := empty(example_inputs):
+        raise UserError(reason)
     inputs = as_arguments(example_inputs)
     excluded = {name: f"excluded by {pattern!r}" for name, pattern in _excluded(model, exclude).items()} | _aliases(model)
     skeleton, choices, pins = meta_copy(model), {}, []  # type: ignore[var-annotated]
@@ -98,9 +101,8 @@ def _refuse(model: nn.Module) -> None:
         raise UserError(f"A network wrapped in {type(model).__name__} cannot be traced; give the network inside it.")
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError("A scripted network cannot be traced; give the nn.Module that it was made from.")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UserError(f"Parameter {name!r} has no shape yet; run the network once before tracing it.")
+    if reason := unusable(model):
+        raise UserError(reason)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
