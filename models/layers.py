@@ -1,7 +1,8 @@
-"""Parts shared by the families: parameter-free shortcuts and weight initialisations."""
+"""Parts shared by the families: shortcuts and weight initialisations."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +35,28 @@ class PadShortcut(nn.Module):
 
     def extra_repr(self) -> str:
         return f"front={self.front}, back={self.back}, stride={self.stride}"
+
+
+class ChannelScale(nn.Module):
+    """`x * weight` with one trainable weight per channel, 1 at first: the identity of a skip path as something that can be pruned.
+
+    `[n, c, ...] -> [n, c, ...]`; Tanaka et al. 2020 (arXiv:2006.05467) put one on every skip path without a convolution.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.view(-1, *[1] * (x.dim() - 2))
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight))
+
+
+def identity(channels: int, scaled: bool) -> nn.Module:
+    """What a skip path without a convolution holds: nothing, or a scale per channel."""
+    return ChannelScale(channels) if scaled else nn.Identity()
 
 
 def init_kaiming_fan_in(model: nn.Module) -> None:

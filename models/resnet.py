@@ -2,7 +2,9 @@
 
 He et al. 2016 (arXiv:1512.03385), the ImageNet networks, with a 3x3 stem of stride 1 and no max-pool in front of the stages of 64, 128, 256
 and 512 channels (times `width`; times 4 behind bottleneck blocks, whose stride sits on the 3x3 convolution). Where channels or image size
-change, the shortcut is a 1x1 convolution with BatchNorm. Initialisation: PyTorch's default.
+change, the shortcut is a 1x1 convolution with BatchNorm; elsewhere nothing, or with `skip_scale` a trainable scale per channel.
+`inner_width` multiplies the channels inside bottleneck blocks only (Zagoruyko & Komodakis 2016, arXiv:1605.07146: 2 is "wide ResNet-50-2").
+Initialisation: PyTorch's default.
 
 Counts at 32x32 and 3 input channels, 10 classes:
 
@@ -22,6 +24,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .layers import identity
 from .options import scaled
 from .registry import register
 
@@ -33,7 +36,7 @@ class ResidualBlock(nn.Module):
     width (basic), 1x1 - 3x3 - 1x1 for two (bottleneck). `stride`: of the first 3x3 convolution.
     """
 
-    def __init__(self, widths: tuple[int, ...], stride: int) -> None:
+    def __init__(self, widths: tuple[int, ...], stride: int, skip_scale: bool = False) -> None:
         super().__init__()
         self.bottleneck = len(widths) == 4
         for index, (before, after) in enumerate(pairwise(widths), start=1):
@@ -42,7 +45,7 @@ class ResidualBlock(nn.Module):
             self.add_module(f"conv{index}", nn.Conv2d(before, after, kernel, step, padding=kernel // 2, bias=False))
             self.add_module(f"bn{index}", nn.BatchNorm2d(after))
         if stride == 1 and widths[0] == widths[-1]:
-            self.shortcut: nn.Module = nn.Identity()
+            self.shortcut: nn.Module = identity(widths[-1], skip_scale)
         else:
             self.shortcut = nn.Sequential(nn.Conv2d(widths[0], widths[-1], 1, stride, bias=False), nn.BatchNorm2d(widths[-1]))
 
@@ -55,19 +58,28 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The network; `[n, in_channels, h, w] -> [n, num_classes]`. `channels`: inside the four stages of `blocks` blocks each."""
+    """The network; `[n, in_channels, h, w] -> [n, num_classes]`. `channels`: of the four stages of `blocks` blocks each."""
 
-    def __init__(self, num_classes: int, in_channels: int, blocks: tuple[int, ...], channels: tuple[int, ...], bottleneck: bool) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        blocks: tuple[int, ...],
+        channels: tuple[int, ...],
+        bottleneck: bool,
+        inner_width: float = 1,
+        skip_scale: bool = False,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         before = channels[0]
         stages = []
-        for index, (count, inner) in enumerate(zip(blocks, channels, strict=True)):
-            stage = []
+        for index, (count, base) in enumerate(zip(blocks, channels, strict=True)):
+            stage, inner = [], scaled(base, inner_width)
             for block in range(count):
-                widths = (before, inner, inner, 4 * inner) if bottleneck else (before, inner, inner)
-                stage.append(ResidualBlock(widths, stride=2 if index > 0 and block == 0 else 1))
+                widths = (before, inner, inner, 4 * base) if bottleneck else (before, base, base)
+                stage.append(ResidualBlock(widths, stride=2 if index > 0 and block == 0 else 1, skip_scale=skip_scale))
                 before = widths[-1]
             stages.append(nn.Sequential(*stage))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -79,17 +91,27 @@ class ResNet(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def resnet(num_classes: int, in_channels: int, blocks: tuple[int, ...], bottleneck: bool, width: float = 1) -> ResNet:
-    """A ResNet of four stages; `width` multiplies the channels 64, 128, 256 and 512."""
-    channels = tuple(scaled(base, width) for base in (64, 128, 256, 512))
-    return ResNet(num_classes, in_channels, blocks, channels, bottleneck)
+def basic_resnet(num_classes: int, in_channels: int, blocks: tuple[int, ...], width: float = 1, skip_scale: bool = False) -> ResNet:
+    """A ResNet of four stages of basic blocks; `width` multiplies the channels 64, 128, 256 and 512."""
+    return ResNet(num_classes, in_channels, blocks, _channels(width), False, skip_scale=skip_scale)
 
 
-for _name, _blocks, _bottleneck in (
-    ("resnet18", (2, 2, 2, 2), False),
-    ("resnet34", (3, 4, 6, 3), False),
-    ("resnet50", (3, 4, 6, 3), True),
-    ("resnet101", (3, 4, 23, 3), True),
-    ("resnet152", (3, 8, 36, 3), True),
+def bottleneck_resnet(
+    num_classes: int, in_channels: int, blocks: tuple[int, ...], width: float = 1, inner_width: float = 1, skip_scale: bool = False
+) -> ResNet:
+    """A ResNet of four stages of bottleneck blocks; `inner_width` multiplies the channels inside the blocks once more."""
+    return ResNet(num_classes, in_channels, blocks, _channels(width), True, inner_width, skip_scale)
+
+
+def _channels(width: float) -> tuple[int, ...]:
+    return tuple(scaled(base, width) for base in (64, 128, 256, 512))
+
+
+for _name, _blocks, _builder in (
+    ("resnet18", (2, 2, 2, 2), basic_resnet),
+    ("resnet34", (3, 4, 6, 3), basic_resnet),
+    ("resnet50", (3, 4, 6, 3), bottleneck_resnet),
+    ("resnet101", (3, 4, 23, 3), bottleneck_resnet),
+    ("resnet152", (3, 8, 36, 3), bottleneck_resnet),
 ):
-    register(_name, family="resnet", min_size=1, fixed={"blocks": _blocks, "bottleneck": _bottleneck})(resnet)
+    register(_name, family="resnet", min_size=1, fixed={"blocks": _blocks})(_builder)

@@ -1,4 +1,5 @@
-"""VGG networks for 32x32 images: vgg11/13/16/19 (BatchNorm), vgg11_plain..vgg19_plain (none), vgg16_weight_level.
+"""VGG networks for 32x32 images: vgg11/13/16/19 (BatchNorm), vgg11_plain..vgg19_plain (none), vgg16_weight_level;
+and vgg11_fc3..vgg19_fc3 and vgg11_fc3_plain..vgg19_fc3_plain for 64x64 images.
 
 Simonyan & Zisserman 2015 (arXiv:1409.1556): 3x3 convolutions of 64, 128, 256, 512 and 512 channels, a 2x2 max-pool after each group, and
 one linear layer. `variant` chooses between two published forms with equal counts:
@@ -13,6 +14,10 @@ Default: `"max"` with BatchNorm, `"average"` without. Both have biases in the co
 the head Linear(512, 512) - BatchNorm - ReLU - Linear(512, classes). Initialisation: convolutions normal of variance 2 / (k k c_out), linear
 layers normal of standard deviation 0.01 with zero bias, BatchNorm scale 0.5 and shift 0.
 
+The `_fc3` networks are those of the study of pruning at initialisation on Tiny-ImageNet: a max-pool after every group, no average pooling,
+and the head Linear(f, h) - ReLU - Dropout - Linear(h, h) - ReLU - Dropout - Linear(h, classes) on the f = 512 (image_size / 32)^2 features,
+h = f / 2 = 1,024 at 64x64. Their initialisation: as that of `vgg16_weight_level`, BatchNorm (1, 0).
+
 Counts at 32x32 and 3 input channels, 10 classes (513 parameters and 512 MACs more per class):
 
 | name | parameters with / without BatchNorm | MACs |
@@ -22,6 +27,7 @@ Counts at 32x32 and 3 input channels, 10 classes (513 parameters and 512 MACs mo
 | vgg16 | 14,728,266 / 14,719,818 | 313,201,664 |
 | vgg19 | 20,040,522 / 20,029,514 | 398,136,320 |
 | vgg16_weight_level | 14,987,722 | 313,463,808 |
+| vgg16_fc3 (64x64, 200 classes) | 18,075,912 / 18,067,464 | 1,256,136,704 |
 """
 
 from __future__ import annotations
@@ -31,8 +37,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compress.errors import UserError
+
 from .layers import init_kaiming_fan_in, init_kaiming_fan_out
-from .options import choice, scaled
+from .options import choice, scaled, whole
 from .registry import register
 
 VARIANTS = ("max", "average")
@@ -41,7 +49,7 @@ GROUPS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2,
 
 
 class VGG(nn.Module):
-    """`features` (convolutions and pooling), global average pooling, `classifier`; `[n, in_channels, h, w] -> [n, num_classes]`.
+    """`features` (convolutions and pooling), global average pooling (or none), `classifier`; `[n, in_channels, h, w] -> [n, num_classes]`.
 
     Parameters
     ----------
@@ -53,6 +61,8 @@ class VGG(nn.Module):
         Whether the last group ends with a max-pool too.
     classifier:
         The head, `[n, channels[-1]] -> [n, num_classes]`.
+    average_pool:
+        Whether the head reads the mean over the image, or every position of it.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class VGG(nn.Module):
         bias: bool,
         last_max_pool: bool,
         classifier: nn.Module,
+        average_pool: bool = True,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -78,7 +89,7 @@ class VGG(nn.Module):
             if last_max_pool or index + 1 < len(groups):
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AdaptiveAvgPool2d(1) if average_pool else nn.Identity()
         self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,6 +137,38 @@ def vgg16_weight_level(num_classes: int, in_channels: int, width: float = 1) -> 
     return model
 
 
+def vgg_fc3(num_classes: int, in_channels: int, depth: int, batch_norm: bool, image_size: int = 64, width: float = 1) -> VGG:
+    """The VGG of `depth` layers with a head of three linear layers on all features; `width` multiplies the channels, the head's included."""
+    channels = _channels(width)
+    features = channels[-1] * (_side(image_size) // 32) ** 2
+    hidden = features // 2
+    head = nn.Sequential(
+        nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(),
+        nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(),
+        nn.Linear(hidden, num_classes),
+    )  # fmt: skip
+    model = VGG(
+        in_channels, GROUPS[depth], channels, batch_norm=batch_norm, bias=True, last_max_pool=True, classifier=head, average_pool=False
+    )
+    init_kaiming_fan_out(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def _side(image_size: Any) -> int:
+    if whole("image_size", image_size) < 32:
+        raise UserError(f"Model option 'image_size' is {image_size}; five halvings need at least 32 pixels.")
+    return image_size
+
+
+def _fixed_side(options: Mapping[str, Any]) -> int:
+    return _side(options["image_size"])
+
+
 def _min_size(options: Mapping[str, Any]) -> int:
     return 32 if options["variant"] == "max" else 16
 
@@ -139,4 +182,6 @@ for _depth in GROUPS:
         fixed={"depth": _depth, "batch_norm": False},
         defaults={"variant": "average"},
     )(vgg)
+    for _name, _norm in ((f"vgg{_depth}_fc3", True), (f"vgg{_depth}_fc3_plain", False)):
+        register(_name, family="vgg", min_size=_fixed_side, exact_size=_fixed_side, fixed={"depth": _depth, "batch_norm": _norm})(vgg_fc3)
 register("vgg16_weight_level", family="vgg", min_size=16)(vgg16_weight_level)

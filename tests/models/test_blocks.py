@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from models import build
 from models.dpn import DualPathBlock
-from models.layers import PadShortcut
+from models.layers import ChannelScale, PadShortcut
 
 
 def randomise_batchnorm(model):
@@ -145,3 +145,19 @@ def test_exported_program_computes_the_same_for_another_batch_size(name, options
     program = torch.export.export(model, (torch.randn(2, 1, size, size),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     x = torch.randn(3, 1, size, size)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 7), ("resnet18", 5), ("resnet50", 12)])
+def test_skip_scales_start_as_the_identity_and_scale_the_skip_path(name, count):
+    torch.manual_seed(0)
+    plain = build(name, 10, width=0.25).eval()
+    scaled = build(name, 10, width=0.25, skip_scale=True).eval()
+    left = scaled.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    scales = [module for module in scaled.modules() if isinstance(module, ChannelScale)]
+    assert len(scales) == len(left) == count and all(name.endswith("shortcut.weight") for name in left)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain(x), scaled(x))
+    y = torch.randn(2, 3, 4, 5)
+    scale = ChannelScale(3)
+    nn.init.normal_(scale.weight)
+    torch.testing.assert_close(scale(y), torch.einsum("nchw,c->nchw", y, scale.weight))

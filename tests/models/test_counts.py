@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build, names
 
+# depth, parameters and MACs with BatchNorm and one linear layer (5,130 parameters); the head of three on 512 features has 199,690.
+VGGS = [(11, 9_231_114, 152_769_536), (13, 9_416_010, 228_267_008), (16, 14_728_266, 313_201_664), (19, 20_040_522, 398_136_320)]
 # name, options, parameters for 10 classes, MACs for 10 classes at 3x32x32
 TABLE = [
     ("vgg11", {}, 9_231_114, 152_769_536),
@@ -32,6 +34,14 @@ TABLE = [
     ("resnet56", {"shortcut": "avgpool"}, 853_018, 125_485_696),
     ("resnet110", {}, 1_727_962, 252_887_680),
     ("resnet110", {"shortcut": "conv"}, 1_730_714, 253_149_824),
+    ("resnet1202", {}, 19_421_274, 2_829_238_912),
+    ("resnet1202", {"shortcut": "conv"}, 19_424_026, 2_829_501_056),
+    ("resnet20", {"shortcut": "conv", "skip_scale": True}, 272_714, 40_813_184),
+    ("resnet32", {"shortcut": "conv", "skip_scale": True}, 467_370, 69_124_736),
+    ("resnet56", {"shortcut": "conv", "skip_scale": True}, 856_682, 125_747_840),
+    ("resnet110", {"shortcut": "conv", "skip_scale": True}, 1_732_634, 253_149_824),
+    ("resnet18", {"skip_scale": True}, 11_174_986, 555_422_720),
+    ("resnet50", {"skip_scale": True}, 23_532_106, 1_297_829_888),
     ("preresnet110", {}, 1_730_522, 253_149_824),
     ("preresnet110_bottleneck", {}, 1_146_842, 167_430_656),
     ("preresnet164", {}, 1_703_258, 247_646_720),
@@ -44,6 +54,11 @@ TABLE = [
     ("resnet152", {}, 58_156_618, 3_722_137_600),
     ("dpn26", {}, 11_574_842, 665_050_880),
     ("dpn92", {}, 34_236_634, 2_042_422_272),
+    *((f"vgg{depth}_fc3", {"image_size": 32}, params - 5_130 + 199_690, macs - 5_120 + 199_168) for depth, params, macs in VGGS),
+    *(
+        (f"vgg{depth}_fc3_plain", {"image_size": 32}, params - norms - 5_130 + 199_690, macs - 5_120 + 199_168)
+        for (depth, params, macs), norms in zip(VGGS, (5_504, 5_888, 8_448, 11_008), strict=True)
+    ),
     ("fc", {}, 348_710, 348_200),
     ("conv", {}, 337_834, 10_649_600),
 ]
@@ -138,6 +153,21 @@ def test_small_networks_on_28x28(name, params, macs):
     model = on_meta(name, 10, 1, image_size=28)
     assert parameters(model) == params
     assert macs_two_ways(model, (1, 28, 28)) == (macs, macs)
+
+
+def test_tiny_imagenet_vgg16():
+    """Its head reads 2,048 features and has 1,024 hidden units; the convolutions work on four times as many pixels as at 32x32."""
+    model = on_meta("vgg16_fc3", 200)
+    head = 2048 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 200 + 200
+    assert parameters(model) == 14_728_266 - 5_130 + head == 18_075_912
+    macs = 4 * (313_201_664 - 5_120) + 2048 * 1024 + 1024 * 1024 + 1024 * 200
+    assert macs_two_ways(model, (3, 64, 64)) == (macs, macs)
+
+
+def test_wide_resnet50_is_torchvisions_but_for_stem_and_classes():
+    """68,883,240 parameters with a 7x7 stem (9,408) and 1,000 classes."""
+    expected = 68_883_240 - 2_049_000 + 20_490 - 9_408 + 1_728
+    assert parameters(on_meta("resnet50", inner_width=2)) == expected
 
 
 def test_vgg16_macs_per_layer():

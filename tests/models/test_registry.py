@@ -40,7 +40,7 @@ def test_exact_size_is_the_only_one():
 def test_info_tells_family_and_options():
     facts = info("resnet32x4")
     assert (facts.family, facts.min_size, facts.exact_size) == ("resnet_cifar", 1, None)
-    assert facts.options == {"width": 4, "shortcut": "conv"}
+    assert facts.options == {"width": 4, "shortcut": "conv", "skip_scale": False}
     assert info("vgg16").options["variant"] == "max"
     assert info("vgg16_plain").options["variant"] == "average"
     assert info("torchvision/vit_b_16").exact_size == 224
