@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import epilogue, formats
+from . import epilogue, formats, validity
 from .formats import FORMATS, Packed
 
 
@@ -50,18 +50,17 @@ class _Packed(nn.Module):
         self.register_buffer("layout", torch.tensor(layout, dtype=torch.int64))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        layout = state_dict.get(prefix + "layout")
-        if layout is not None:
-            number, rows, columns, kept, count, *rest = layout.tolist()
-            if (rows, columns) != (self.rows, self.columns) or not 0 <= number < len(FORMATS):
-                error_msgs.append(f"{prefix}layout holds a weight of {rows} x {columns}, but this layer has {self.rows} x {self.columns}")
+        packed = _stored(state_dict, prefix)
+        if packed is not None:
+            if (packed.rows, packed.columns) != (self.rows, self.columns):
+                error_msgs.append(f"{prefix}layout holds a weight of {packed.rows} x {packed.columns}, but this layer has {self.rows} x {self.columns}")
                 return
-            index = [state_dict.get(f"{prefix}index{i}") for i in range(rest[count])]
-            values = state_dict.get(prefix + "values")
-            if values is not None and all(t is not None for t in index):
-                old = self.values
-                self.values = nn.Parameter(torch.empty(values.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad)
-                self._adopt(FORMATS[number], rows, columns, kept, rest[:count], [t.clone() for t in index])
+            if wrong := validity.fault(packed):
+                error_msgs.append(f"{prefix[:-1] or 'the layer'} holds no packed weight of the format {packed.format}: {wrong}")
+                return
+            old = self.values
+            self.values = nn.Parameter(torch.empty(packed.values.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad)
+            self._adopt(packed.format, packed.rows, packed.columns, packed.kept, packed.options, [t.clone() for t in packed.index])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
@@ -82,6 +81,21 @@ class _Packed(nn.Module):
     def _facts(self) -> str:
         extra = "" if self.activation == "none" else f", activation={self.activation}"
         return f"bias={self.bias is not None}, density={self.density:.3f}, format={self.format}, options={tuple(self.options)}{extra}"
+
+
+def _stored(state_dict: dict[str, Tensor], prefix: str) -> Packed | None:
+    """The packed weight under `prefix`; None where a tensor is missing (torch names it), a format of "?" where the layout makes no sense."""
+    layout, values = state_dict.get(f"{prefix}layout"), state_dict.get(f"{prefix}values")
+    if layout is None or values is None:
+        return None
+    numbers = layout.tolist()
+    count = numbers[4] if len(numbers) > 5 else -1
+    if len(numbers) != count + 6 or not 0 <= numbers[0] < len(FORMATS) or not 0 <= numbers[-1] < 16:
+        return Packed("?", values, [], *(numbers[1:3] if len(numbers) > 2 else (0, 0)), 0, (), 0)
+    index = [state_dict.get(f"{prefix}index{i}") for i in range(numbers[-1])]
+    if any(tensor is None for tensor in index):
+        return None
+    return Packed(FORMATS[numbers[0]], values, index, *numbers[1:4], tuple(numbers[5:5 + count]), 0)
 
 
 class SparseLinear(_Packed):

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import FLOATS, pointers, shapes
+
+OPTIONS = 2
 BITS = 32
 
 
@@ -37,3 +40,16 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     kept = bits.view(rows, bitmap.shape[1] * BITS)[:, :columns].reshape(-1)
     rank = torch.arange(1, values.shape[0] + 1, device=bitmap.device)
     return torch.searchsorted(kept.cumsum(0), rank)
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    words = -(-columns // BITS)
+    wrong = shapes([values, *index], [("values", FLOATS, (-1,)), ("bitmap", (torch.int32,), (rows, words)), ("row_ptr", (torch.int64,), (rows + 1,))])
+    if wrong:
+        return wrong
+    bitmap, row_ptr = index
+    bits = ((bitmap.unsqueeze(-1) >> torch.arange(BITS, dtype=torch.int32, device=bitmap.device)) & 1).view(rows, words * BITS)
+    if bits[:, columns:].any() or not torch.equal(bits.sum(1), row_ptr.diff()):
+        return "'bitmap' and 'row_ptr' do not count the same weights"
+    return pointers("row_ptr", row_ptr, values.numel())

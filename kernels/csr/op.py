@@ -17,7 +17,7 @@ from .. import convolution, epilogue, operator
 from ..formats import Packed
 from . import compiled, reference
 
-ENGINES = ("torch", "scipy", "compiled")
+ENGINES = reference.ENGINES
 
 
 def _as_torch(values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:

@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import FLOATS, inside, pointers, shapes
+
+OPTIONS = 1
+ENGINES = ("torch", "scipy", "compiled")
+
 
 def pack(weight: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """(values, index) of `weight` [rows, columns]; `mask` (bool, same shape) keeps entries that are zero by value."""
@@ -35,3 +40,10 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     """Place of every element of `values` in the dense weight (row * columns + column); there is no padding."""
     crow, col = index
     return rows_of(crow, values.shape[0]) * columns + col.to(torch.int64)
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    nnz = values.numel()
+    return (shapes([values, *index], [("values", FLOATS, (nnz,)), ("crow", (torch.int32,), (rows + 1,)), ("col", (torch.int32,), (nnz,))])
+            or pointers("crow", index[0], nnz) or inside("col", index[1], columns) or inside("the engine", torch.tensor(options), len(ENGINES)))

@@ -23,6 +23,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import FLOATS, inside, permutation, pointers, shapes, stored_once
+
+OPTIONS = 3
 RUN, LANES = 16, 32
 NIBBLE, BYTE = 0, 1
 MAX_GAP = 15
@@ -170,3 +173,17 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
 def stored_bytes(values: Tensor, index: Sequence[Tensor]) -> int:
     """Bytes that one forward pass reads from the packed weight."""
     return sum(t.numel() * t.element_size() for t in (values, *index[:4]))
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    p, slices = planes(values.dtype), -(-rows // LANES)
+    wrong = shapes([values, *index], [
+        ("values", FLOATS, (-1, p, LANES, RUN // p)), ("start", (torch.int32 if columns > 65536 else torch.int16,), (len(values), LANES)),
+        ("gaps", (torch.int64,), (len(values), 1 + options[0], LANES)), ("perm", (torch.int32,), (slices * LANES,)),
+        ("slice_ptr", (torch.int32,), (slices + 1,)), ("live", (torch.int16,), (len(values), LANES))])
+    if wrong or options[0] not in (NIBBLE, BYTE):
+        return wrong or f"its coding is {options[0]}, but {NIBBLE} or {BYTE} is needed"
+    perm = index[2]
+    return (pointers("slice_ptr", index[3], len(values)) or inside("perm", perm, 2**31) or permutation("perm", perm[perm < rows], rows)
+            or inside("the columns", columns_of(index), columns) or stored_once(positions(values, index, rows, columns, options), rows * columns))

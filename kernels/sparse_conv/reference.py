@@ -17,8 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import inside, stored_once
+
 from ..vector_block import reference as blocks
 
+OPTIONS = 6
 GROUPS = (16, 8)
 MAX_TAPS, MAX_GROUPS = 128, 65536
 
@@ -68,3 +71,18 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     row, column = place // max(1, columns), place % max(1, columns)
     ordered = row * columns + (column % max(1, channels)) * taps + column // max(1, channels)
     return torch.where(place < rows * columns, ordered, rows * columns)
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    group, kernel_h, kernel_w = options[:3]
+    taps, step = kernel_h * kernel_w, values.shape[1]
+    if group not in (1, *GROUPS) or step % group or not taps or columns % (taps * group):
+        return f"groups of {group} channels and a kernel of {kernel_h} x {kernel_w} do not divide {columns} columns"
+    wrong = blocks.blocks_fault(values, index, rows, (len(values), step // group))
+    if wrong:
+        return wrong
+    code = index[0].to(torch.int64)
+    return (inside("kept rows of the kernel", code >> 24, kernel_h) or inside("kept columns of the kernel", (code >> 16) & 0xFF, kernel_w)
+            or inside("kept groups", code & 0xFFFF, columns // taps // group)
+            or stored_once(positions(values, index, rows, columns, options), rows * columns))

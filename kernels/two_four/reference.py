@@ -15,7 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import shapes
+
 from ..run16 import reference as run16
+
+OPTIONS = 1
 
 
 def choose(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,3 +70,18 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     _, remainder = parts(values, index)
     places = run16.positions(remainder, index[1:], rows, columns, ())
     return torch.cat([places.reshape(-1), positions_of_s(index[0], rows, columns).reshape(-1)])
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    if columns % 4 or not index:
+        return f"{columns} columns are no multiple of 4" if columns % 4 else "it has no index tensors"
+    choice = index[0]
+    wrong = shapes([choice], [("choice", (torch.int8,), (rows, columns // 2))])
+    if wrong:
+        return wrong
+    first, second = choice.view(rows, columns // 4, 2).unbind(-1)
+    if choice.numel() and (int(choice.min()) < 0 or int(choice.max()) > 4 or ((first >= second) & (first < 4) & (second < 4)).any()):
+        return "'choice' does not name two different columns of every four"
+    remainder = parts(values, index)[1]
+    return run16.fault(remainder, index[1:], rows, columns, (*options, 0, 0))

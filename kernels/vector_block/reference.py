@@ -21,6 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..validity import FLOATS, inside, permutation, pointers, shapes, stored_once
+
+OPTIONS = 3
 BITS = 32
 
 
@@ -89,3 +92,21 @@ def kept_columns(mask: Tensor, height: int, group: int = 1) -> float:
 def stored_bytes(values: Tensor, index: Sequence[Tensor]) -> int:
     """Bytes that one forward pass reads from the packed weight."""
     return sum(t.numel() * t.element_size() for t in (values, *index[:3]))
+
+
+def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, options: Sequence[int]) -> str | None:
+    """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
+    return (blocks_fault(values, index, rows, (len(values), values.shape[1])) or inside("kept", index[0], columns)
+            or stored_once(positions(values, index, rows, columns, options), rows * columns))
+
+
+def blocks_fault(values: Tensor, index: Sequence[Tensor], rows: int, kept: tuple[int, int]) -> str | None:
+    """What is wrong with the panels of a vector-block format whose list of columns has the shape `kept`."""
+    total, step, height = values.shape
+    if any(size < 16 or size & (size - 1) for size in (step, height)):
+        return f"its blocks of {height} rows and {step} columns are no powers of two of at least 16"
+    blocks = -(-rows // height)
+    return (shapes([values, *index], [("values", FLOATS, (total, step, height)), ("kept", (torch.int32,), kept),
+                                      ("step_ptr", (torch.int32,), (blocks + 1,)), ("order", (torch.int32,), (blocks,)),
+                                      ("live", (torch.int32,), (total, step, -(-height // BITS)))])
+            or pointers("step_ptr", index[1], total) or permutation("order", index[2], blocks))
