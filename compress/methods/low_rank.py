@@ -106,8 +106,11 @@ class RankMethod:
         index = QUANTITIES.index(quantity)
         current = context.graph.count()[index]
         original = context.original[index] if context.original else current
-        limit = (1 - ratio) * original - (current - sum(menu.costs[0][index] for menu in menus))
+        present = sum(menu.costs[0][index] for menu in menus)
+        limit = (1 - ratio) * original - (current - present)
         limit = max(limit, min(least(menus, index), limit + TOLERANCE * original))
+        if limit >= present:
+            return Plan([factorize_step(blocks(model), model)])
         chosen = (choose if context.allocation == "global" else uniform)(menus, index, limit)
         before, skipped = blocks(model), candidates(model, context.exclude)[1]
         for menu, option in zip(menus, chosen):
