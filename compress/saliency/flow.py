@@ -1,7 +1,8 @@
 """The network as a positive linear map: the substitutions under which synaptic flow and path counts are defined.
 
 While `PositiveFlow` is active, convolutions and linear layers run without bias, and BatchNorm is the plain scale
-|gamma| / sqrt(var + eps) per channel (norms that use the data's own statistics: |gamma|). With non-negative weights
+|gamma| / sqrt(var + eps) per channel (norms that use the data's own statistics: |gamma|). Biases and shifts that are
+themselves scored (`biases`) stay in, as positive numbers: each is a weight from a unit that is always 1. With non-negative weights
 and inputs all activations are then non-negative, ReLU is the identity, and the output is homogeneous of degree 1 in every layer. Source:
 Tanaka et al. 2020, arXiv:2006.05467, section 4; folding the normalisation keeps the homogeneity for trained networks too, where taking
 absolute values of the running mean would break it.
@@ -9,7 +10,7 @@ absolute values of the running mean would break it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,17 +46,22 @@ def _data_norm(func: Callable, args: tuple, kwargs: dict) -> Tensor:
 class PositiveFlow(TorchFunctionMode):
     """Runs a network without biases and with BatchNorm as a positive scale; `unit_variance` makes that scale |gamma|.
 
+    `biases`: tensors (by identity) that are added where they are a bias or the shift of a normalisation; they must not be negative.
     The original function is called for everything else.
     """
 
-    def __init__(self, unit_variance: bool = False) -> None:
+    def __init__(self, unit_variance: bool = False, biases: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.unit_variance = unit_variance
+        self.biases = {id(bias): bias for bias in biases}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func in WEIGHTED:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
             args, kwargs = without_bias(args, kwargs)
+            if self.scored(bias):
+                args, kwargs = (*args[:2], self.bias(bias), *args[3:]), {key: value for key, value in kwargs.items() if key != "bias"}
             return self.weighted(func, args, kwargs)
         if func is F.batch_norm:
             return self.scale(*args, **kwargs)
@@ -63,8 +69,16 @@ class PositiveFlow(TorchFunctionMode):
             return _data_norm(func, args, kwargs)
         return func(*args, **kwargs)
 
+    def scored(self, bias: Tensor | None) -> bool:
+        """Whether this bias takes part."""
+        return bias is not None and id(bias) in self.biases
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """What is added for a bias that takes part."""
+        return bias
+
     def weighted(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        """A convolution or linear layer, already without bias."""
+        """A convolution or linear layer, already without a bias that takes no part."""
         return func(*args, **kwargs)
 
     def scale(
@@ -78,11 +92,12 @@ class PositiveFlow(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """x * |gamma| / sqrt(var + eps), with the arguments of `torch.nn.functional.batch_norm`."""
+        """x * |gamma| / sqrt(var + eps), and the shift where it takes part, with the arguments of `torch.nn.functional.batch_norm`."""
         factor = torch.ones(x.shape[1], dtype=x.dtype, device=x.device) if weight is None else weight.abs()
         if running_var is not None and not self.unit_variance:
             factor = factor / (running_var + eps).sqrt()
-        return x * factor.view(1, -1, *[1] * (x.dim() - 2))
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return x * factor.view(shape) + self.bias(bias).view(shape) if self.scored(bias) else x * factor.view(shape)
 
 
 def constant_inputs(shape: tuple[int, ...], like: Tensor, value: float = 1.0) -> Tensor:
