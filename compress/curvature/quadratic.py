@@ -62,7 +62,8 @@ def spatial_moment(A: Tensor, weight: Tensor) -> Tensor:
 def nearest_kronecker(A: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """C [c, c] and K [kk, kk] minimising ||A - C (x) K||_F (Van Loan and Pitsianis 1993), positive semidefinite, K scaled to trace kk.
 
-    The dominant singular pair of the rearranged matrix is definite; its sign is fixed by the traces.
+    The dominant singular pair of the rearranged matrix is semidefinite up to one common sign, which is fixed by the trace of K. The published
+    rule, a positive sum over the entries of C, gives the same sign: 1^T C 1 >= 0 wherever C is semidefinite.
     """
     channels, offsets = weight.shape[1], _offsets(weight)
     full = patch_moment(A, weight)

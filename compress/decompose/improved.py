@@ -8,8 +8,8 @@ Symbols as in `eigen`; K [kk, kk] second moment over kernel offsets, so that A ~
 held of the saliency removed in the whole cycle; kept as a moving average with `pool_momentum`.
 
 `ImprovedOptions.published()` gives the published run, the defaults repair it: statistics are plain averages in evaluation mode, EKFAC
-uses all data, every side is normalised by its own sum, the nearest Kronecker product takes its sign from the traces, growth keeps the
-function (a copied filter, as published, doubles its component), biases are exact at padded borders, dilation and padding are forwarded.
+uses all data, every side is normalised by its own sum, growth keeps the function (a copied filter, as published, doubles its component),
+biases are exact at padded borders, dilation and padding are forwarded.
 Note that Tucker-2 commutes with rotations: the published method uses the curvature for the ranks only.
 """
 

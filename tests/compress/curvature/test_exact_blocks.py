@@ -85,6 +85,13 @@ def test_ekfac_has_the_exact_trace_and_is_never_farther_than_kfac(seed):
         assert (entry.block(corrected=True) - exact).norm() <= (entry.block() - exact).norm() * (1 + 1e-12)
 
 
+def test_ekfac_with_the_products_of_the_eigenvalues_is_kfac():
+    for entry in collect(mlp(), [randn(6, 4)], fisher="exact").values():
+        spectrum_a, spectrum_g = entry.eigen()
+        entry.second = spectrum_g.values[:, None] * spectrum_a.values
+        close(entry.block(corrected=True), entry.block())
+
+
 def test_the_scale_of_a_layer_is_its_true_trace_over_the_kfac_trace():
     net, x = convnet(), randn(5, 2, 7, 8)
     net.eval()

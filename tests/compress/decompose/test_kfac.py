@@ -129,6 +129,20 @@ def test_nearest_kronecker_is_nearer_than_the_partial_traces():
     assert (near - A).square().sum().item() == pytest.approx(best.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_published_sign_of_the_nearest_product_is_the_sign_of_its_trace(seed):
+    """Published: the sign with which the entries of C add up to a positive number. Both factors are semidefinite, so it is the same sign."""
+    rows = randn(60 if seed % 2 else 3, 20, seed=seed) - (seed % 3)
+    A = rows.T @ rows / len(rows)
+    u, s, v = torch.linalg.svd(A.reshape(5, 4, 5, 4).permute(0, 2, 1, 3).reshape(25, 16))
+    C, K = s[0] * u[:, 0].reshape(5, 5), v[0].reshape(4, 4)
+    sign = C.sum().sign()
+    ours = nearest_kronecker(A, randn(6, 5, 2, 2))
+    torch.testing.assert_close(torch.kron(*ours), torch.kron((sign * C).contiguous(), (sign * K).contiguous()))
+    torch.testing.assert_close(ours[1], sign * K * 4 / (sign * K).trace())
+    assert all(torch.linalg.eigvalsh(factor).min() >= -1e-9 * factor.trace() for factor in ours)
+
+
 def test_eigendamage_rows_are_the_best_coordinate_subset():
     w, A, G = randn(5, 4, 2, 2), moment(4, 1, 100.0), moment(5, 2, 100.0)
     spectra = bases(w, A, G)

@@ -12,6 +12,7 @@ from compress.decompose import factorize, recompose
 from compress.decompose.factors import Factors
 from compress.decompose.modules import dense_weight, describe, factors_cost, layer_cost, rebuild, replace_module
 from compress.errors import UserError
+from compress.export import to_onnx
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -147,6 +148,38 @@ def test_second_round_decomposes_the_product():
     x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
     assert layer_cost(twice, (6, 5, 5)) < layer_cost(once, (6, 5, 5))
     assert direct(x).shape == twice(x).shape == once(x).shape
+
+
+@pytest.mark.parametrize("case", list(CONVS))
+def test_a_block_multiplied_out_is_the_block(case):
+    conv = nn.Conv2d(6, 8, **CONVS[case]).double()
+    x = torch.randn(2, 6, 9, 10, dtype=torch.float64)
+    for method, rank in (("tucker2", (2, 2)), ("svd", 2), ("cp", 2)):
+        block = factorize(conv, method, rank, only_if_smaller=False)
+        expected = block(x)
+        with torch.no_grad():
+            conv.weight.copy_(dense_weight(block))
+        torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["tucker2", "svd", "eigendamage", "kfac_svd", "kfac_tucker2"])
+def test_full_rank_in_single_precision(method):
+    conv, x = nn.Conv2d(6, 8, 3, padding=1), torch.randn(2, 6, 9, 10)
+    name, rank, options = full_rank(conv, method)
+    torch.testing.assert_close(factorize(conv, name, rank, only_if_smaller=False, **options)(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_of_blocks_is_written_as_onnx_and_read_back(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 5)).eval()
+    for name, method, rank in (("0", "tucker2", (3, 3)), ("3", "svd", 2)):
+        replace_module(net, name, factorize(net.get_submodule(name), method, rank))
+    x = torch.randn(2, 6, 4, 4)
+    to_onnx(net, x, tmp_path / "net.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_state_dict_safetensors_rebuild_and_export(tmp_path):
