@@ -4,7 +4,7 @@ A kept weight is effective iff it lies on a path of kept weights from the input 
 arXiv:2107.02306). Forward, a position is reached iff it has a kept weight from a reached position; backward likewise from the output;
 a weight is effective iff for some position its source is reached from the input and its target reaches the output. Both passes run the
 network on ones with the masks as weights and every layer's result cut to {0, 1}, so that nothing over- or underflows: this is exact.
-Biases are no paths; max-pooling lets every position of its window through.
+Biases are no paths: one counts as effective iff it is kept and its unit lies on a path. Max-pooling lets every position of its window through.
 
 Symbols: mask `[c_out, c_in, k...]`, density d_l = kept / weights of layer l; MACs of the masked network = sum_l d_l * MACs_l.
 """
@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from compress.masks.buffers import Masks, mask_names
-from compress.saliency.flow import WEIGHTED, PositiveFlow, total
+from compress.saliency.flow import CONVOLUTIONS, WEIGHTED, PositiveFlow, total, without_bias
 from compress.saliency.statistics import scoring_mode
 
 _MAX_POOLS = {
@@ -47,11 +47,29 @@ class _Cut(torch.autograd.Function):
         return (grad > 0).to(grad.dtype)
 
 
-class _PathFlow(PositiveFlow):
-    """Positive flow whose layers give 0 or 1, with average instead of max pooling and only the scales of normalisation."""
+class _Mark(torch.autograd.Function):
+    """x [n, c, ...] as it is; the gradient of the second argument [c] is positive where some position of its unit lies on a path."""
 
-    def __init__(self) -> None:
-        super().__init__(unit_variance=True)
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.dim = dim
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        on_path = ((ctx.saved_tensors[0] > 0) & (grad > 0)).movedim(ctx.dim, 0).flatten(1).any(1)
+        return grad, on_path.to(grad.dtype), None
+
+
+class _PathFlow(PositiveFlow):
+    """Positive flow whose layers give 0 or 1, with average instead of max pooling and only the scales of normalisation.
+
+    Biases add nothing; those given are told whether their units lie on a path.
+    """
+
+    def __init__(self, biases: Sequence[Tensor] = ()) -> None:
+        super().__init__(unit_variance=True, biases=biases)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _MAX_POOLS:
@@ -61,7 +79,14 @@ class _PathFlow(PositiveFlow):
         return super().__torch_function__(func, types, args, kwargs)
 
     def weighted(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-        return _Cut.apply(func(*args, **kwargs))
+        bias = args[2] if len(args) > 2 else None
+        plain, kwargs = without_bias(args, kwargs)
+        output = _Cut.apply(func(*plain, **kwargs))
+        return output if bias is None else _Mark.apply(output, bias, 1 if func in CONVOLUTIONS else -1)
+
+    def scale(self, x: Tensor, mean: Any, var: Any, weight: Tensor | None = None, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().scale(x, mean, var, weight, None, *args, **kwargs)
+        return _Mark.apply(output, bias, 1) if self.scored(bias) else output
 
 
 def _average(func: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -82,7 +107,8 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], input_shape: 
     state: dict[str, Tensor] = {name: torch.ones_like(p, dtype=torch.float32) for name, p in model.named_parameters(remove_duplicate=False)}
     chosen = {name: mask.float().requires_grad_(True) for name, mask in masks.items()}
     ones = torch.ones(1, *input_shape, device=next(iter(state.values())).device)
-    with scoring_mode(model), torch.enable_grad(), _PathFlow():
+    biases = [mask for name, mask in chosen.items() if name.rpartition(".")[2] == "bias"]
+    with scoring_mode(model), torch.enable_grad(), _PathFlow(biases):
         output = total(functional_call(model, state | chosen, (ones,)))
     if not output.requires_grad:
         return {name: torch.zeros_like(mask) for name, mask in masks.items()}
@@ -122,7 +148,8 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class MaskedLayer:
-    """One masked parameter: counts of weights, MACs for one input, and output channels without an effective weight."""
+    """One masked parameter: counts of weights, MACs for one input, and output channels without an effective weight (of matrices and filters;
+    0 for vectors, whose channels are those of the layer before)."""
 
     name: str
     shape: tuple[int, ...]
@@ -194,7 +221,7 @@ def report(masks: Masks, input_shape: Sequence[int]) -> MaskReport:
     layers = []
     for name, mask in kept.items():
         alive = int(mask.sum())
-        dead = int((~effective[name].flatten(1).any(1)).sum()) if mask.dim() > 1 else int((~effective[name]).sum())
+        dead = int((~effective[name].flatten(1).any(1)).sum()) if mask.dim() > 1 else 0
         cost = macs.get(name, 0)
         layers.append(
             MaskedLayer(

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = {
+CONVOLUTIONS = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 }  # fmt: skip
 _LINEAR = {F.linear, torch._C._nn.linear}
-WEIGHTED = _CONVOLUTIONS | _LINEAR
+WEIGHTED = CONVOLUTIONS | _LINEAR
 # Norms that take their statistics from the data, with the position of gamma among their arguments.
 _DATA_NORMS = {F.layer_norm: 2, F.group_norm: 2, F.instance_norm: 3}
 

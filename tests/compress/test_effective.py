@@ -101,6 +101,27 @@ def test_report_counts():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if name.endswith("bias"))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bias_is_effective_where_its_unit_is(seed):
+    """A unit lies on a path iff its row of effective weights holds one; masks of biases change nothing about weights or dead channels."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 3)
+    )
+    masks = Masks.attach(model, "all-weights", biases=True)
+    generator = torch.Generator().manual_seed(seed)
+    masks.update({name: torch.rand(mask.shape, generator=generator) < (0.12 if mask.dim() > 1 else 0.7) for name, mask in masks.items()})
+    found = effective_masks(model, dict(masks.items()), (2, 5, 5))
+    weights = {name: mask for name, mask in masks.items() if not name.endswith("bias")}
+    alone = effective_masks(model, weights, (2, 5, 5))
+    assert all(torch.equal(found[name], alone[name]) for name in weights)
+    for layer, source in (("0", "0"), ("1", "0"), ("3", "3"), ("7", "7")):
+        alive = found[f"{source}.weight"].flatten(1).any(1)
+        assert torch.equal(found[f"{layer}.bias"], masks[f"{layer}.bias"] & alive), layer
+    counted = report(masks, (2, 5, 5))
+    assert counted.dead_channels == sum(int((~found[f"{layer}.weight"].flatten(1).any(1)).sum()) for layer in "037")
+    assert any(int(found[name].sum()) < int(masks[name].sum()) for name in found if name.endswith("bias"))
+
+
 def test_empty_layer_cuts_everything():
     model = chain(torch.Generator().manual_seed(0))
     masks = Masks.attach(model)
