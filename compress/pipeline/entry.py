@@ -144,6 +144,8 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
             "frozen": [name for name, parameter in result.named_parameters() if not parameter.requires_grad]}
     if chosen.by_channels:
         info |= {"pinned": dict(job.prepared.graph.pinned), "coverage": [row._asdict() for row in job.prepared.graph.coverage()]}
+    elif "skipped" in done.meta:
+        info["pinned"] = done.meta["skipped"]
     save(result, Plan(plan.steps + done.steps, done.meta), folder, info=info)
 
 
