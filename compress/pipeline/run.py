@@ -132,7 +132,8 @@ def summary(row: dict[str, Any]) -> str:
     """One line of text for a row of the results."""
     latency = row["latency_ms"] or {}
     times = ", ".join(f"{values['median']:.2f} ms at batch {batch}" for batch, values in latency.items())
-    return (f"{row['method']:>18} {row['budget']} {row['ratio']:.2f}: {row['params']:,} parameters, {row['gflops']:.4f} GFLOPs, "
+    budget = f" {row['budget']} {row['ratio']:.2f}" if row["ratio"] else ""
+    return (f"{row['method'] + budget:>32}: {row['params']:,} parameters, {row['gflops']:.3g} GFLOPs, "
             f"accuracy {row['accuracy']:.4f} ({row['accuracy'] - row['accuracy_base']:+.4f})" + (f", {times}" if times else ""))
 
 
