@@ -21,7 +21,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, how they are split, normalised and augmented."""
 
-    name: str = Field("digits", description="data set: digits (embedded in scikit-learn, needs no files), cifar10, cifar100, fashion_mnist, tiny_imagenet, image_folder")
+    name: str = Field("digits", description="data set: digits (embedded in scikit-learn, needs no files), cifar10, cifar100, mnist, fashion_mnist, tiny_imagenet, image_folder")
     root: Path | None = Field(None, description="folder that holds the data set; COMPRESS_DATA is used where this is null")
     download: bool = Field(False, description="let torchvision download the data set into root")
     batch_size: int = Field(128, ge=1, description="images per training step, over all processes together")
@@ -70,11 +70,11 @@ class TrainConfig(Section):
     """How a network is trained."""
 
     epochs: int = Field(20, ge=0, description="passes over the training set")
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="optimiser")
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field("sgd", description="optimiser")
     lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum, or Adam's beta1")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD and RMSprop, or Adam's beta1")
     nesterov: bool = Field(True, description="Nesterov momentum (SGD only, ignored at momentum 0)")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (SGD, Adam) or decoupled decay (AdamW)")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty (SGD, Adam, RMSprop) or decoupled decay (AdamW)")
     decay_norm_and_bias: bool = Field(True, description="apply weight decay to normalisation parameters and biases too")
     schedule: Literal["constant", "multistep", "cosine", "onecycle"] = Field("cosine", description="learning-rate schedule, per step")
     milestones: list[float] = Field([0.5, 0.75], description="multistep: fractions of the training at which the rate drops")

@@ -38,14 +38,17 @@ class PadShortcut(nn.Module):
 
 
 class ChannelScale(nn.Module):
-    """`x * weight` with one trainable weight per channel, 1 at first: the identity of a skip path as something that can be pruned.
+    """`x * weight` with one weight per channel: the identity of a skip path as something that can be pruned.
 
-    `[n, c, ...] -> [n, c, ...]`; Tanaka et al. 2020 (arXiv:2006.05467) put one on every skip path without a convolution.
+    `[n, c, ...] -> [n, c, ...]`; Tanaka et al. 2020 (arXiv:2006.05467) put one on every skip path without a convolution. The weights are 1
+    and not trained, as theirs; masks may zero them.
     """
+
+    skip_scale = True  # what masks recognise it by, whatever name this package was imported under
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight.view(-1, *[1] * (x.dim() - 2))

@@ -2,7 +2,7 @@
 
 He et al. 2016 (arXiv:1512.03385), the ImageNet networks, with a 3x3 stem of stride 1 and no max-pool in front of the stages of 64, 128, 256
 and 512 channels (times `width`; times 4 behind bottleneck blocks, whose stride sits on the 3x3 convolution). Where channels or image size
-change, the shortcut is a 1x1 convolution with BatchNorm; elsewhere nothing, or with `skip_scale` a trainable scale per channel.
+change, the shortcut is a 1x1 convolution with BatchNorm; elsewhere nothing, or with `skip_scale` a scale per channel, fixed at 1 until it is pruned.
 `inner_width` multiplies the channels inside bottleneck blocks only (Zagoruyko & Komodakis 2016, arXiv:1605.07146: 2 is "wide ResNet-50-2").
 Initialisation: PyTorch's default.
 

@@ -7,7 +7,7 @@ channels (times `width`), global average pooling, one linear layer. Where a bloc
 * `"conv"`: 1x1 convolution with BatchNorm;
 * `"avgpool"`: 2x2 average pooling, new zero channels behind (the variant of the weight-level pruning study); counts as for `"A"`.
 
-With `skip_scale` the other shortcuts are a trainable scale per channel, 1 at first, instead of nothing (the form of the study of pruning at
+With `skip_scale` the other shortcuts are a scale per channel, fixed at 1 until it is pruned, instead of nothing (the form of the study of pruning at
 initialisation, whose counts include them: 240 more for resnet20, 22,304 for resnet1202).
 
 Initialisation: normal weights of variance 2 / fan_in in convolutions and the linear layer; BatchNorm (1, 0).
@@ -97,7 +97,7 @@ def resnet_cifar(
 ) -> CifarResNet:
     """A ResNet of `depth` = 6 n + 2 layers with 16, 32 and 64 channels times `width`; `shortcut`: "A", "conv" or "avgpool".
 
-    `skip_scale`: a trainable scale per channel on the skip paths that are otherwise the identity.
+    `skip_scale`: a scale per channel (`layers.ChannelScale`) on the skip paths that are otherwise the identity.
     """
     choice("shortcut", shortcut, SHORTCUTS)
     channels = (scaled(16, width), scaled(32, width), scaled(64, width))

@@ -7,7 +7,6 @@ Source: Tanaka et al. 2020, arXiv:2006.05467, sections 3 to 5.
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import torch
@@ -34,13 +33,20 @@ def scores(settings: AtInitConfig, data: DataBundle, model: nn.Module, pruner: s
 
 
 def unit_conservation(settings: AtInitConfig, data: DataBundle, model: nn.Module, pruner: str, seed: int) -> dict[str, Any]:
-    """For each hidden unit of a chain the sums of the scores into it and out of it, and the largest relative gap."""
-    found = [score.double() for score in scores(settings, data, model, pruner, seed).values() if score.dim() > 1]
+    """For each hidden unit of a chain the sums of the scores into it (its bias's included) and out of it, and the largest relative gap."""
+    found: list[Tensor] = []
+    extra: list[Tensor | float] = []
+    for name, score in scores(settings, data, model, pruner, seed).items():
+        if score.dim() > 1:
+            found.append(score.double())
+            extra.append(0.0)
+        elif name.endswith("bias"):
+            extra[-1] = extra[-1] + score.double()
     units, worst = [], 0.0
-    for below, above in itertools.pairwise(found):
+    for (below, bias), above in zip(zip(found, extra, strict=True), found[1:], strict=False):
         if above.shape[1] % below.shape[0]:
             raise UserError("unit-conservation needs a chain of layers, each reading the one before; choose fc, conv or a VGG.")
-        into = below.flatten(1).sum(1)
+        into = below.flatten(1).sum(1) + bias
         out = above.transpose(0, 1).flatten(1).sum(1).reshape(below.shape[0], -1).sum(1)
         units.append([into.tolist(), out.tolist()])
         worst = max(worst, float(((into - out).abs() / out.abs().clamp_min(1e-300)).max()))

@@ -12,6 +12,7 @@ from torch import nn
 
 from compress.data import DataBundle
 from compress.effective import report
+from compress.errors import UserError
 from compress.experiments.at_init_settings import AtInitConfig
 from compress.experiments.base import Log, accuracy, fresh_model
 from compress.masks import Masks, prune
@@ -23,9 +24,19 @@ from compress.train import evaluate, fit
 BINS = 60
 
 
+def initial(settings: AtInitConfig, data: DataBundle, seed: int) -> nn.Module:
+    """The network with initial weights of this seed, with scales on its skip paths where those are pruned too."""
+    if settings.prune_residual:
+        chosen = settings.model
+        if chosen.name is None or "skip_scale" not in own("models").info(chosen.name, **chosen.options).options:
+            raise UserError(f"prune_residual needs scales on skip paths, which {chosen.name!r} has not; choose one of our ResNets.")
+        settings = settings.model_copy(update={"model": chosen.model_copy(update={"options": {**chosen.options, "skip_scale": True}})})
+    return fresh_model(settings, data, seed)
+
+
 def start_model(settings: AtInitConfig, data: DataBundle, seed: int) -> nn.Module:
     """The network to prune: initial weights of this seed, or `model.weights`."""
-    model = fresh_model(settings, data, seed)
+    model = initial(settings, data, seed)
     if settings.model.weights is not None:
         own("models").load_weights(model, own("models").find_weights(settings.model.weights))
     return model
@@ -37,7 +48,7 @@ def attach(settings: AtInitConfig, model: nn.Module) -> Masks:
     if settings.dense_classifier:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         exclude += linear[-1:]
-    return Masks.attach(model, settings.scope, exclude, settings.prune_bias)
+    return Masks.attach(model, settings.scope, exclude, settings.prune_bias, settings.prune_residual)
 
 
 def rounds(settings: AtInitConfig, pruner: str) -> int:
@@ -107,7 +118,7 @@ def ablate(settings: AtInitConfig, masks: Masks, data: DataBundle, state: dict, 
         shuffle(masks, torch.Generator().manual_seed(seed))
         rewind(masks, state)
     if settings.reinitialize:
-        reinitialize(masks, fresh_model(settings, data, seed + 1000))
+        reinitialize(masks, initial(settings, data, seed + 1000))
 
 
 def singleshot(

@@ -16,6 +16,12 @@ from compress.saliency import SALIENCY
 EXPERIMENTS = ("singleshot", "multishot", "unit-conservation", "layer-conservation", "imp-conservation", "schedule-conservation")
 PRUNERS = {"rand": "random", "mag": "magnitude", "snip": "snip", "grasp": "grasp", "synflow": "synflow"}
 _CHOICES = [*PRUNERS, "random", "magnitude"]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "momentum": 0.0, "nesterov": False},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
+    "adam": {"optimizer": "adam", "momentum": 0.9},
+    "rms": {"optimizer": "rmsprop", "momentum": 0.0},
+}
 SCHEDULES = {"linear": "linear", "exponential": "geometric"}
 
 
@@ -40,7 +46,8 @@ class AtInitConfig(Experiment):
     images_per_class: int = Field(10, ge=1, description="training images that score, times the number of classes")
     prune_batch_size: int = Field(256, ge=1, description="images per scoring step")
     prune_train_mode: bool = Field(False, description="BatchNorm uses batch statistics while scoring")
-    prune_bias: bool = Field(False, description="mask biases too")
+    prune_bias: bool = Field(False, description="mask the biases of the layers in scope too")
+    prune_residual: bool = Field(False, description="mask scales on the skip paths too, with which ResNets are then built (skip_scale)")
     dense_classifier: bool = Field(False, description="leave the last linear layer dense")
     reinitialize: bool = Field(False, description="ablation: other initial weights under the mask")
     shuffle: bool = Field(False, description="ablation: shuffle each mask within its tensor")
@@ -71,8 +78,16 @@ class AtInitConfig(Experiment):
         return value
 
 
+_SMALL_DEPTHS = ("20", "32", "44", "56", "110", "1202")
+_BASIC_DEPTHS, _BOTTLENECK_DEPTHS = ("18", "34"), ("50", "101", "152")
+
+
 def model_of(kind: str | None, name: str | None) -> dict[str, Any] | None:
-    """Our network for the document's `--model-class` and `--model`."""
+    """Our network for the document's `--model-class` and `--model`.
+
+    The wide ResNets have twice the channels; those of 50 and more layers only inside their blocks, as torchvision's. (The original program
+    forgets the factor for 18 and 34 layers and builds the plain network.)
+    """
     if name is None:
         return None
     kind = kind or "default"
@@ -80,15 +95,14 @@ def model_of(kind: str | None, name: str | None) -> dict[str, Any] | None:
         name = name.replace("-", "_")
         return {"name": f"torchvision/{name}{'_2' if name.startswith('wide') else ''}"}
     if name.startswith("vgg"):
-        batch_norm = name.endswith("-bn")
-        return {"name": name.removesuffix("-bn") + ("" if batch_norm else "_plain"), "options": {"variant": "average"}}
-    wide = name.startswith("wide-")
-    plain = name.removeprefix("wide-")
-    if plain in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110"):
-        return {"name": plain, "options": {"shortcut": "conv"} | ({"width": 2} if wide else {})}
-    if plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152") and not wide:
-        return {"name": plain}
-    if kind == "default" and name in ("fc", "conv"):
+        plain, suffix = name.removesuffix("-bn"), "" if name.endswith("-bn") else "_plain"
+        return {"name": f"{plain}_fc3{suffix}"} if kind == "tinyimagenet" else {"name": plain + suffix, "options": {"variant": "average"}}
+    wide, depth = name.startswith("wide-"), name.removeprefix("wide-").removeprefix("resnet")
+    if depth in _SMALL_DEPTHS:
+        return {"name": f"resnet{depth}", "options": {"shortcut": "conv"} | ({"width": 2} if wide else {})}
+    if depth in _BASIC_DEPTHS + _BOTTLENECK_DEPTHS:
+        return {"name": f"resnet{depth}", "options": {"width" if depth in _BASIC_DEPTHS else "inner_width": 2} if wide else {}}
+    if name in ("fc", "conv"):
         return {"name": name}
     raise UserError(
         f"There is no network for --model-class {kind} --model {name}; choose one of the model registry by --set model.name=..."
@@ -96,8 +110,6 @@ def model_of(kind: str | None, name: str | None) -> dict[str, Any] | None:
 
 
 def _dataset(name: str | None) -> str | None:
-    if name == "mnist":
-        raise UserError("The data set mnist is not offered; fashion_mnist has the same shape, digits needs no files.")
     return {"tiny-imagenet": "tiny_imagenet", "imagenet": "image_folder"}.get(name or "", name)
 
 
@@ -111,7 +123,7 @@ def arguments() -> argparse.ArgumentParser:
     train.add_argument("--model-class", choices=["default", "lottery", "tinyimagenet", "imagenet"])
     train.add_argument("--dense-classifier", type=boolean)
     train.add_argument("--pretrained", type=boolean, help="true needs --set model.weights=FILE")
-    train.add_argument("--optimizer", choices=["sgd", "momentum", "adam", "rms"])
+    train.add_argument("--optimizer", choices=list(OPTIMIZERS))
     train.add_argument("--train-batch-size", type=int)
     train.add_argument("--test-batch-size", type=int)
     train.add_argument("--pre-epochs", type=int)
@@ -158,10 +170,6 @@ def settings_of(args: argparse.Namespace) -> AtInitConfig:
             f"--compression {value} is ambiguous: the document means {value}x, the original program 10^{value}x; "
             f"say --compression-ratio {value} (density 1/{value}) or --compression-exponent {value} (density 10^-{value})."
         )
-    if args.prune_residual:
-        raise UserError("--prune-residual has nothing to prune: the networks here have no trainable scales on their skip paths.")
-    if args.optimizer == "rms":
-        raise UserError("The optimizer rms is not offered; choose adam, momentum or sgd.")
     ratios = args.compression_ratio
     if args.compression_exponent is not None:
         if ratios is not None:
@@ -173,12 +181,11 @@ def settings_of(args: argparse.Namespace) -> AtInitConfig:
     epochs = args.post_epochs if args.post_epochs is not None else AtInitConfig().train.epochs
     train: dict[str, Any] = {"epochs": args.post_epochs, "lr": args.lr, "gamma": args.lr_drop_rate, "weight_decay": args.weight_decay}
     if args.optimizer is not None:
-        momentum = 0.0 if args.optimizer == "sgd" else 0.9
-        train |= {"optimizer": "adam" if args.optimizer == "adam" else "sgd", "momentum": momentum, "nesterov": momentum > 0}
+        train |= OPTIMIZERS[args.optimizer]
     if drops:
         train |= {"schedule": "multistep", "milestones": [drop / epochs for drop in drops if drop < epochs]}
     flags = {
-        "name": args.expid,
+        "name": args.expid or None,
         "experiment": "singleshot" if args.experiment == "example" else args.experiment,
         "seeds": None if args.seed is None else [args.seed],
         "device": "cpu" if args.no_cuda else None if args.gpu is None else f"cuda:{args.gpu}",
@@ -198,6 +205,7 @@ def settings_of(args: argparse.Namespace) -> AtInitConfig:
         "prune_batch_size": args.prune_batch_size,
         "prune_train_mode": args.prune_train_mode,
         "prune_bias": args.prune_bias,
+        "prune_residual": args.prune_residual,
         "scope": "all-weights" if args.prune_batchnorm else None,
         "dense_classifier": args.dense_classifier,
         "reinitialize": args.reinitialize,
@@ -209,6 +217,4 @@ def settings_of(args: argparse.Namespace) -> AtInitConfig:
     settings = load_settings(AtInitConfig, args.config_path, args.set, flags)
     if args.pretrained and settings.model.weights is None:
         raise UserError("--pretrained true needs the weights: --set model.weights=FILE.")
-    if settings.prune_bias and "synflow" in settings.pruners:
-        raise UserError("Biases have no synaptic flow, so that synflow cannot rank them; leave prune_bias off, or synflow out.")
     return settings

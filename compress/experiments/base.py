@@ -22,6 +22,7 @@ from compress.data import DataBundle, load_data
 from compress.errors import CompressError, UserError
 from compress.experiments.settings import Experiment
 from compress.files import read_json, write_json, write_text
+from compress.pipeline.checks import pick_device
 from compress.siblings import own
 from compress.train import evaluate, fit, recalibrate
 
@@ -82,8 +83,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def device_of(settings: Experiment) -> torch.device:
     """The device that the settings ask for."""
-    name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return pick_device(settings.device)
 
 
 def data_of(settings: Experiment, seed: int) -> DataBundle:

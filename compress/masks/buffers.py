@@ -58,9 +58,11 @@ class Masks:
         self._factors: tuple[tuple, list[Tensor], list[Tensor]] | None = None
 
     @classmethod
-    def attach(cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = (), biases: bool = False) -> Masks:
-        """Give every parameter in `scope` an all-True mask buffer; a mask that is already there stays."""
-        names = select_parameters(model, scope, exclude, biases)
+    def attach(
+        cls, model: nn.Module, scope: str = "conv+linear", exclude: Sequence[str] = (), biases: bool = False, residual: bool = False
+    ) -> Masks:
+        """Give every parameter in `scope` an all-True mask buffer; a mask that is already there stays. See `select_parameters`."""
+        names = select_parameters(model, scope, exclude, biases, residual)
         add_buffers(model, names)
         return cls(model, names, scope)
 

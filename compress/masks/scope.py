@@ -18,7 +18,9 @@ from compress.registry import nearest
 SCOPES = ("conv", "conv+linear", "all-weights")
 
 
-def _in_scope(module: nn.Module, parameter: str, scope: str) -> bool:
+def _in_scope(module: nn.Module, parameter: str, scope: str, residual: bool) -> bool:
+    if getattr(module, "skip_scale", False):
+        return residual and parameter == "weight"
     if scope == "all-weights":
         return parameter == "weight"
     if isinstance(module, _ConvNd):
@@ -30,12 +32,14 @@ def _in_scope(module: nn.Module, parameter: str, scope: str) -> bool:
     return isinstance(module, nn.Linear) and parameter == "weight"
 
 
-def select_parameters(model: nn.Module, scope: str, exclude: Sequence[str] = (), biases: bool = False) -> list[str]:
+def select_parameters(
+    model: nn.Module, scope: str, exclude: Sequence[str] = (), biases: bool = False, residual: bool = False
+) -> list[str]:
     """Names of the parameters in `scope`, in the order of the network, each shared parameter once.
 
-    `exclude`: patterns (fnmatch) of layer names or parameter names that stay dense. `biases` adds the
-    biases of the layers in scope. Raises `UserError` for an unknown scope and for a scope
-    that matches nothing.
+    `exclude`: patterns (fnmatch) of layer names or parameter names that stay dense. `biases` adds the biases of the layers in scope,
+    `residual` the scales on skip paths (modules with a true attribute `skip_scale`: those of our ResNets built with the option of that name).
+    Raises `UserError` for an unknown scope, for a scope that matches nothing, and for `residual` where there is no such scale.
     """
     if scope not in SCOPES:
         raise UserError(f"Unknown mask scope {scope!r}{nearest(scope, list(SCOPES))}; known: {', '.join(SCOPES)}.")
@@ -45,9 +49,13 @@ def select_parameters(model: nn.Module, scope: str, exclude: Sequence[str] = (),
             name = f"{layer}.{short}" if layer else short
             kept_dense = any(fnmatch(layer, pattern) or fnmatch(name, pattern) for pattern in exclude)
             wanted = "weight" if biases and short == "bias" else short
-            if _in_scope(module, wanted, scope) and not kept_dense and id(parameter) not in seen:
+            if _in_scope(module, wanted, scope, residual) and not kept_dense and id(parameter) not in seen:
                 seen.add(id(parameter))
                 names.append(name)
+    if residual and not any(getattr(module, "skip_scale", False) for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} has no scales on its skip paths to prune; build a ResNet of this toolkit with the option skip_scale."
+        )
     if not names:
         left = f" outside of exclude={list(exclude)}" if exclude else ""
         raise UserError(f"Mask scope {scope!r} matches no parameter of {type(model).__name__}{left}; choose another scope.")

@@ -57,9 +57,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias:
 
 
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """SGD (Nesterov where there is momentum), Adam or AdamW over the trainable parameters; the rate is set before every step."""
+    """SGD (Nesterov where there is momentum), Adam, AdamW or RMSprop over the trainable parameters; the rate is set before every step."""
     groups = parameter_groups(model, cfg.weight_decay, cfg.decay_norm_and_bias)
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov and cfg.momentum > 0)
+    if cfg.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=cfg.lr, momentum=cfg.momentum)
     kind = torch.optim.Adam if cfg.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=cfg.lr, betas=(cfg.momentum, 0.999))

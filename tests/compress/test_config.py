@@ -30,7 +30,7 @@ FAULTS = [
     ("model.weights", 5, "string"), ("model.import", "module", "package.module:function"), ("model.import", "a:b:c", "package.module:function"),
     ("model.import", ":f", "package.module:function"), ("model.import_path", "a:b", "did you mean"),
     ("train.epoch", 3, "did you mean 'epochs'"), ("train.epochs", -1, "greater than"), ("train.epochs", 2.5, "integer"), ("train.epochs", "10", "integer"),
-    ("train.optimizer", "SGD", "'sgd'"), ("train.optimizer", "rmsprop", "'adam'"), ("train.lr", 0, "greater than 0"), ("train.lr", -0.1, "greater than 0"),
+    ("train.optimizer", "SGD", "'sgd'"), ("train.optimizer", "adagrad", "'adam'"), ("train.lr", 0, "greater than 0"), ("train.lr", -0.1, "greater than 0"),
     ("train.lr", "1e-3", "number"), ("train.lr", None, "number"), ("train.learning_rate", 0.1, "known in `train`"), ("train.momentum", 1.0, "less than 1"),
     ("train.momentum", -0.1, "greater than"), ("train.nesterov", "on", "boolean"), ("train.weight_decay", -1e-4, "greater than"),
     ("train.schedule", "step", "'multistep'"), ("train.milestones", [0.75, 0.5], "increasing"), ("train.milestones", [60, 120], "fractions"),

@@ -175,7 +175,7 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
 def test_every_data_set_that_the_configuration_describes_is_registered():
     described = DataConfig.model_fields["name"].description
     assert all(name in described for name in DATASETS.names())
-    assert DATASETS.names() == ["cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "tiny_imagenet"]
+    assert DATASETS.names() == ["cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "mnist", "tiny_imagenet"]
 
 
 @pytest.mark.slow

@@ -5,11 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
 from compress.experiments.at_init import main
 from compress.experiments.at_init_settings import AtInitConfig, arguments, settings_of
 from compress.experiments.base import main_guard
 from compress.experiments.settings import load_settings
+from compress.siblings import own
+from tests.compress.data.test_mnist import write
 
 CONFIGS = Path(__file__).parents[3] / "configs/at_init"
 TOTAL = 72 + 576 + 8 * 64 * 10
@@ -107,6 +112,89 @@ def test_published_command_lines():
     assert parse("--pruner mag --prune-epochs 3 --compression-schedule exponential").iterations == {"magnitude": 3}
 
 
+DEPTHS = ("20", "32", "44", "56", "110", "1202")
+NETWORKS = [("default", name) for name in ("fc", "conv")]
+NETWORKS += [("lottery", f"vgg{depth}{norm}") for depth in (11, 13, 16, 19) for norm in ("", "-bn")]
+NETWORKS += [("lottery", f"{wide}resnet{depth}") for depth in DEPTHS for wide in ("", "wide-")]
+NETWORKS += [("tinyimagenet", f"vgg{depth}{norm}") for depth in (11, 13, 16, 19) for norm in ("", "-bn")]
+NETWORKS += [("tinyimagenet", f"{wide}resnet{depth}") for depth in (18, 34, 50, 101, 152) for wide in ("", "wide-")]
+NETWORKS += [("imagenet", f"vgg{depth}{norm}") for depth in (11, 13, 16, 19) for norm in ("", "-bn")]
+NETWORKS += [("imagenet", f"resnet{depth}") for depth in (18, 34, 50, 101, 152)] + [("imagenet", f"wide-resnet{d}") for d in (50, 101)]
+
+
+@pytest.mark.parametrize(("kind", "name"), NETWORKS)
+def test_every_published_network_is_built(kind, name):
+    settings = settings_of(arguments().parse_args(["--model-class", kind, "--model", name]))
+    with torch.device("meta"):
+        model = own("models").build(settings.model.name, 10, **settings.model.options)
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert norms == (name.endswith("-bn") or "resnet" in name)
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    depth = int("".join(filter(str.isdigit, name)) or {"fc": 6, "conv": 3}[name])
+    # 1x1 convolutions on the skip paths are not counted in a ResNet's name.
+    skips = sum(isinstance(module, nn.Conv2d) and ("shortcut" in path or "downsample" in path) for path, module in model.named_modules())
+    heads = {"lottery": 1, "tinyimagenet": 3, "imagenet": 3}.get(kind, 1) if name.startswith("vgg") else 1
+    assert layers - skips == depth + (heads - 3 if name.startswith("vgg") else 0)
+
+
+def test_every_published_optimizer():
+    parse = lambda name: settings_of(arguments().parse_args(["--optimizer", name])).train
+    found = {name: (parse(name).optimizer, parse(name).momentum, parse(name).nesterov) for name in ("sgd", "momentum", "rms")}
+    assert found == {"sgd": ("sgd", 0.0, False), "momentum": ("sgd", 0.9, True), "rms": ("rmsprop", 0.0, True)}
+    assert parse("adam").optimizer == "adam"
+
+
+def test_mnist_and_tiny_imagenet_run(tmp_path):
+    """From files in the published formats: all five criteria, RMSprop, and every weight counted."""
+    write(tmp_path / "data/MNIST/raw")
+    flags = ["--dataset", "mnist", "--optimizer", "rms", "--lr", "0.001", "--post-epochs", "1", "--set", f"data.root={tmp_path / 'data'}"]
+    flags += ["--compression-ratio", "5", "--pre-epochs", "0", "--prune-epochs", "2"]
+    assert command(tmp_path, *flags, "--expid", "mnist") == 0
+    total = 72 + 576 + 8 * 784 * 10
+    assert [row["kept"] for row in rows(tmp_path, "mnist")] == [-(-total // 5)] * 5
+    tiny = tmp_path / "tiny-imagenet-200"
+    for name, count in (("n1", 6), ("n2", 6)):
+        for index in range(count):
+            path = tiny / "train" / name / "images" / f"{name}_{index}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * index, 99, 30)).save(path)
+    (tiny / "val/images").mkdir(parents=True)
+    for index in range(4):
+        Image.new("RGB", (64, 64), (10, 50 * index, 200)).save(tiny / f"val/images/val_{index}.JPEG")
+    lines = [f"val_{index}.JPEG\tn{1 + index % 2}\t0\t0\t9\t9\n" for index in range(4)]
+    (tiny / "val/val_annotations.txt").write_text("".join(lines))
+    flags = ["--dataset", "tiny-imagenet", "--model-class", "tinyimagenet", "--model", "vgg11-bn", "--post-epochs", "1", "--workers", "0"]
+    flags += ["--set", f"data.root={tiny}", "--set", 'model.options={"width": 0.05}', "--compression-ratio", "2", "--pruner", "synflow"]
+    assert command(tmp_path, *flags, "--prune-epochs", "2", "--expid", "tiny", "--set", "data.val_fraction=0.2") == 0
+    (row,) = rows(tmp_path, "tiny")
+    assert row["structure"]["layers"][-1]["shape"][0] == 2 and abs(row["density"] - 0.5) < 1e-3
+
+
+def test_biases_and_skip_paths_are_pruned_where_asked(tmp_path):
+    flags = ["--compression-ratio", "4", "--pruner-list", "synflow", "snip", "--post-epochs", "1", "--prune-epochs", "3"]
+    assert command(tmp_path, *flags, "--prune-bias", "true", "--expid", "bias") == 0
+    for row in rows(tmp_path, "bias"):
+        assert row["kept"] == -(-(TOTAL + 8 + 8 + 10) // 4)
+        assert {layer["name"] for layer in row["structure"]["layers"]} >= {"0.bias", "2.bias", "5.bias"}
+    flags += ["--prune-residual", "true", "--model-class", "lottery", "--model", "resnet20", "--set", 'model.options={"width": 0.25}']
+    assert command(tmp_path, *flags, "--expid", "residual", "--reinitialize", "true") == 0
+    weights = sum(p.numel() for p in own("models").build("resnet20", 10, 1, width=0.25).parameters() if p.dim() > 1)
+    for row in rows(tmp_path, "residual"):
+        scales = [layer for layer in row["structure"]["layers"] if len(layer["shape"]) == 1]
+        assert [layer["weights"] for layer in scales] == [4, 4, 4, 8, 8, 16, 16] and all(layer["macs"] == 0 for layer in scales)
+        assert row["kept"] == -(-(weights + 60) // 4)
+
+
+def test_unit_conservation_with_biases(tmp_path):
+    """With trained (non-zero) biases the flow into a unit and its bias's share together leave it."""
+    flags = ["--experiment", "unit-conservation", "--pruner", "synflow", "--model", "fc", "--set", 'model.options={"width": 12}']
+    gaps = {}
+    for flag in ("true", "false"):
+        assert command(tmp_path, *flags, "--prune-bias", flag, "--expid", flag) == 0
+        gaps[flag] = rows(tmp_path, flag)[0]["largest_relative_gap"]
+    assert gaps["true"] < 1e-12 and gaps["false"] < 1e-12
+
+
 @pytest.mark.parametrize(
     "line,sentence",
     [
@@ -114,9 +202,9 @@ def test_published_command_lines():
         ("--compression-list 1 2", "--compression-ratio 1"),
         ("--compression-ratio 5 --compression-exponent 1", "not both"),
         ("--compression-ratio 0.5", "at least 1"),
-        ("--prune-residual true", "nothing to prune"),
-        ("--prune-bias true", "no synaptic flow"),
-        ("--dataset mnist", "not offered"),
+        ("--prune-residual true", "needs scales on skip paths, which 'conv' has not"),
+        ("--dataset mnist --set data.root=/nowhere", "/nowhere given by data.root"),
+        ("--gpu 99", "torch sees"),
         ("--model resnet7", "no network for"),
         ("--pretrained true", "needs the weights"),
         ('--set pruners=["magnitud"]', "did you mean 'magnitude'"),

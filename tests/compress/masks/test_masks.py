@@ -10,6 +10,7 @@ from torch import nn
 
 from compress.errors import UserError
 from compress.masks import Masks, prune, select_parameters
+from models import build
 from tests.compress.saliency.networks import Residual, chain, data
 
 
@@ -34,6 +35,23 @@ def test_scopes():
     assert select_parameters(tied, "conv+linear") == ["0.weight"]
 
 
+def test_scales_on_skip_paths_are_masked_only_where_asked():
+    """They are not trained, so that a mask is all that ever changes them."""
+    model = build("resnet20", 10, width=0.25, skip_scale=True)
+    scales = [name for name in dict(model.named_parameters()) if name.endswith("shortcut.weight")]
+    assert len(scales) == 7
+    for scope in ("conv", "conv+linear", "all-weights"):
+        assert not set(scales) & set(select_parameters(model, scope))
+        assert [name for name in select_parameters(model, scope, residual=True) if name in scales] == scales
+    masks = Masks.attach(model, "conv+linear", residual=True)
+    prune(masks, "synflow", 0.2, iterations=5, options={"input_shape": (3, 8, 8)})
+    assert any(not bool(masks[name].all()) for name in scales)
+    assert all(torch.equal(masks.parameter(name), masks[name].float()) for name in scales)
+    assert not any(masks.parameter(name).requires_grad for name in scales)
+    with pytest.raises(UserError, match="no scales on its skip paths"):
+        select_parameters(build("resnet20", 10), "conv", residual=True)
+
+
 def test_scope_errors():
     with pytest.raises(UserError, match="matches no parameter of Linear"):
         select_parameters(nn.Linear(2, 2), "conv")
@@ -45,7 +63,7 @@ def test_scope_errors():
         Masks.of(small())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "rmsprop"])
 def test_no_resurrection_and_masked_momentum(optimizer):
     generator = torch.Generator().manual_seed(1)
     model = small().train()
@@ -54,6 +72,7 @@ def test_no_resurrection_and_masked_momentum(optimizer):
         "nesterov": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True),
         "adam": lambda p: torch.optim.Adam(p, 0.01),
         "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9),
     }[optimizer](model.parameters())
     masks = Masks.attach(model, "conv+linear")
 

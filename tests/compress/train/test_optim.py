@@ -76,6 +76,7 @@ def test_decay_can_spare_norms_and_biases():
         ("sgd", lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, nesterov=True, weight_decay=0.01)),
         ("adam", lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.8, 0.999), weight_decay=0.01)),
         ("adamw", lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.8, 0.999), weight_decay=0.01)),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=0.05, momentum=0.8, weight_decay=0.01)),
     ],
 )
 def test_optimisers_step_like_those_of_torch(name, oracle):
