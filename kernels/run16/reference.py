@@ -41,21 +41,21 @@ def planes(dtype: torch.dtype) -> int:
 def _entries(mask: Tensor, coding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Stored entries in row order: (row, column, source, run within the row); source -1 marks a filler."""
     row, column = mask.nonzero(as_tuple=True)
-    source = torch.arange(row.numel())
+    source = torch.arange(row.numel(), device=mask.device)
     if coding == NIBBLE and row.numel():
         gap = column.diff(prepend=column[:1])
         follows = row.diff(prepend=row[:1] - 1) == 0
         extra = torch.where(follows, (gap - 1).clamp(min=0) // MAX_GAP, 0)
         ends = (extra + 1).cumsum(0)
         owner = torch.repeat_interleave(source, extra + 1)
-        missing = ends[owner] - 1 - torch.arange(owner.numel())
+        missing = ends[owner] - 1 - torch.arange(owner.numel(), device=mask.device)
         row, column = row[owner], column[owner] - missing * MAX_GAP
         source = torch.where(missing == 0, owner, -1)
     if row.numel() == 0:
         return row, column, source, row
     counts = torch.bincount(row, minlength=mask.shape[0])
     first = counts.cumsum(0) - counts
-    place = torch.arange(row.numel()) - first[row]
+    place = torch.arange(row.numel(), device=mask.device) - first[row]
     if coding == NIBBLE:
         return row, column, source, place // RUN
     return row, column, source, _byte_runs(row, column, place)
@@ -67,7 +67,7 @@ def _byte_runs(row: Tensor, column: Tensor, place: Tensor) -> Tensor:
     run = torch.empty_like(row)
     key = row * (int(column.max()) + MAX_SPAN + 2) + column
     head = (place == 0).nonzero().reshape(-1)
-    stop = torch.cat([head[1:], torch.tensor([total])])
+    stop = torch.cat([head[1:], head.new_tensor([total])])
     number = 0
     while head.numel():
         end = torch.searchsorted(key, key[head] + MAX_SPAN, right=True)
@@ -81,67 +81,63 @@ def _byte_runs(row: Tensor, column: Tensor, place: Tensor) -> Tensor:
 def _within(lengths: Tensor) -> Tensor:
     """0..length-1 for each length, concatenated."""
     start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    return torch.arange(int(lengths.sum())) - start
+    return torch.arange(int(lengths.sum()), device=lengths.device) - start
 
 
 def pack(weight: Tensor, coding: int, mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """(values, index) of `weight` [rows, columns]; `mask` (bool, same shape) keeps entries that are zero by value, default weight != 0.
 
-    `coding` is NIBBLE (cheapest below about 85 % sparsity) or BYTE. Packing is done on the CPU; the tensors return on the weight's device.
+    `coding` is NIBBLE (cheapest below about 85 % sparsity) or BYTE. Packing is done on the weight's device.
     """
     if weight.ndim != 2:
         raise ValueError(f"a matrix is needed, but the weight has shape {list(weight.shape)}")
     rows, columns = weight.shape
     if columns > MAX_COLUMNS:
         raise ValueError(f"the weight has {columns} columns, but run16 stores columns as 32-bit integers")
-    device = weight.device
-    weight = weight.detach().cpu()
-    row, column, source, run = _entries(weight != 0 if mask is None else mask.cpu(), coding)
-    runs = torch.zeros(rows, dtype=torch.int64)
+    weight, device = weight.detach(), weight.device
+    row, column, source, run = _entries(weight != 0 if mask is None else mask.to(device), coding)
+    runs = torch.zeros(rows, dtype=torch.int64, device=device)
     if row.numel():
         runs.scatter_reduce_(0, row, run + 1, "amax")
     slices = -(-rows // LANES)
     order = torch.argsort(runs, descending=True, stable=True)
-    perm = torch.full((slices * LANES,), rows, dtype=torch.int32)
+    perm = torch.full((slices * LANES,), rows, dtype=torch.int32, device=device)
     perm[:rows] = order.to(torch.int32)
     longest = runs[order[::LANES]] if rows else runs
-    slice_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), longest.cumsum(0)])
+    slice_ptr = torch.cat([longest.new_zeros(1), longest.cumsum(0)])
     total = int(slice_ptr[-1])
 
-    lane = torch.empty(rows, dtype=torch.int64)
-    lane[order] = torch.arange(rows)
+    lane = torch.empty_like(order)
+    lane[order] = torch.arange(rows, device=device)
     group = slice_ptr[lane[row] // LANES] + run if row.numel() else row
     within = _place_in_run(row, run)
     spot = (group * LANES + lane[row] % LANES) * RUN + within
-    filled = torch.zeros(total * LANES * RUN, dtype=torch.bool)
-    filled[spot] = True
-    columns_at = torch.zeros(total * LANES * RUN, dtype=torch.int64)
+    columns_at = torch.zeros(total * LANES * RUN, dtype=torch.int64, device=device)
     columns_at[spot] = column
     columns_at = columns_at.view(-1, RUN).cummax(1).values.view(total, LANES, RUN)
     real = source >= 0
-    live = torch.zeros_like(filled)
+    live = torch.zeros(columns_at.numel(), dtype=torch.bool, device=device)
     live[spot[real]] = True
-    values = torch.zeros(total * LANES * RUN, dtype=weight.dtype)
+    values = weight.new_zeros(total * LANES * RUN)
     values[spot[real]] = weight[row[real], column[real]]
 
     start = columns_at[..., 0] if total else columns_at.new_zeros(0, LANES)
     width = 4 if coding == NIBBLE else 8
     steps = columns_at.diff(dim=-1, prepend=columns_at[..., :1]) if coding == NIBBLE else columns_at - columns_at[..., :1]
     steps = steps.reshape(total, LANES, width // 4, 64 // width)
-    gaps = (steps << (width * torch.arange(64 // width))).sum(-1).permute(0, 2, 1).contiguous()
-    bits = (live.view(total, LANES, RUN).to(torch.int32) << torch.arange(RUN, dtype=torch.int32)).sum(-1).to(torch.int16)
+    gaps = (steps << (width * torch.arange(64 // width, device=device))).sum(-1).permute(0, 2, 1).contiguous()
+    bits = (live.view(total, LANES, RUN).to(torch.int32) << torch.arange(RUN, dtype=torch.int32, device=device)).sum(-1).to(torch.int16)
     p = planes(weight.dtype)
     values = values.view(total, LANES, p, RUN // p).permute(0, 2, 1, 3).contiguous()
     start = start.to(torch.int32 if columns > 65536 else torch.int16)
-    index = [start, gaps, perm, slice_ptr.to(torch.int32), bits]
-    return values.to(device), [t.to(device) for t in index]
+    return values, [start, gaps, perm, slice_ptr.to(torch.int32), bits]
 
 
 def _place_in_run(row: Tensor, run: Tensor) -> Tensor:
     if row.numel() == 0:
         return row
     new = (row.diff(prepend=row[:1] - 1) != 0) | (run.diff(prepend=run[:1]) != 0)
-    here = torch.arange(row.numel())
+    here = torch.arange(row.numel(), device=row.device)
     return here - torch.where(new, here, 0).cummax(0).values
 
 
