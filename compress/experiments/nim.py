@@ -198,7 +198,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--load_name", type=Path, help="trained weights (safetensors)")
     parser.add_argument("--save_name", help="name of the run folder")
     parser.add_argument("--cuda", action="store_true", help="use the GPU (the default where there is one)")
-    parser.add_argument("--dataset", choices=["digits", "cifar10", "cifar100"])
+    parser.add_argument("--dataset", choices=["digits", "cifar10", "cifar100", "imagenet"], help="imagenet: a folder of images in data.root")
     parser.add_argument("--arch", choices=[*ARCHITECTURES, "model"])
     parser.add_argument("--workers", type=int)
     parser.add_argument("--epochs", type=int, help="epochs of the unpruned network")
@@ -223,7 +223,7 @@ def settings_of(args: argparse.Namespace) -> NimConfig:
     flags: dict[str, Any] = {
         "name": args.save_name,
         "architectures": args.arch and [args.arch],
-        "datasets": args.dataset and [args.dataset],
+        "datasets": args.dataset and ["image_folder" if args.dataset == "imagenet" else args.dataset],
         "methods": method,
         "device": "cuda" if args.cuda else None,
         "prune_lr": args.prune_learning_rate,

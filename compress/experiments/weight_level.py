@@ -32,17 +32,15 @@ from compress.config import FinetuneConfig, TrainConfig
 from compress.data import DataBundle
 from compress.effective import report
 from compress.errors import UserError
+from compress.experiments import weight_level_flags as flags
 from compress.experiments.base import Log, RunFolder, accuracy, base_model, data_of, fresh_model, main_guard, recalibrated, say
-from compress.experiments.settings import Experiment, common_arguments, load_settings
+from compress.experiments.settings import Experiment, load_settings
 from compress.files import write_text
 from compress.masks import Masks, load_masked, prune, save_masked
 from compress.masks.restart import rewind, scratch, scratch_b_epochs, snapshot
 from compress.siblings import own
 from compress.train import fit
 
-ARCHITECTURES = {"vgg16": "vgg16_weight_level", "vgg": "vgg16_weight_level", "wrn_16_8": "wrn_16_8", "wrn_28_10": "wrn_28_10"} | {
-    name: name for name in ("resnet20", "resnet32", "resnet56", "resnet110", "preresnet110", "preresnet164")
-}
 ARMS = ("finetune", "rewind", "scratch_e", "scratch_b")
 
 
@@ -160,11 +158,21 @@ def _save(model: torch.nn.Module, path: Path) -> None:
 
 
 def command_train(settings: WeightLevelConfig, args: argparse.Namespace) -> None:
-    """Train the unpruned network and save it."""
+    """Train the unpruned network and save it, from `--resume` on where that is given; or only measure that one."""
     seed = settings.seeds[0]
     data = data_of(settings, seed)
+    if args.evaluate:
+        model = fresh_model(settings, data, seed)
+        own("models").load_weights(model, args.resume)
+        say(f"accuracy {accuracy(model, data, settings):.4f}")
+        return
     folder = RunFolder(args.output_dir, settings, args.overwrite)
-    model = base_model(settings, data, seed, folder, say)
+    if args.resume is None:
+        model = base_model(settings, data, seed, folder, say)
+    else:
+        model = fresh_model(settings, data, seed)
+        own("models").load_weights(model, args.resume)
+        fit(model, data, settings.train, batch_size=settings.data.batch_size, seed=seed, log=say)
     path = (args.save or folder.path) / "model.safetensors"
     _save(model, path)
     say(f"accuracy {accuracy(model, data, settings):.4f}; saved {path}")
@@ -210,47 +218,27 @@ COMMANDS = {"train": command_train, "prune": command_prune, "finetune": command_
 
 def arguments() -> argparse.ArgumentParser:
     """The command line: the common options and the document's own flags."""
-    parser = argparse.ArgumentParser(prog="python -m compress.experiments.weight_level", description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=[*COMMANDS, "all"])
-    common_arguments(parser)
-    parser.add_argument("--dataset", "-d", choices=["digits", "cifar10", "cifar100"])
-    parser.add_argument("--arch", "-a", choices=list(ARCHITECTURES))
-    parser.add_argument("--percent", type=float, help="fraction removed, in [0, 1)")
-    parser.add_argument("--resume", type=Path, help="network to start from (safetensors)")
-    parser.add_argument("--save_dir", type=Path, help="folder for the pruned or fine-tuned network")
-    parser.add_argument("--save", type=Path, help="train: folder for the network")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--schedule", type=int, nargs="+", help="epochs at which the learning rate drops")
-    parser.add_argument("--gamma", type=float)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--momentum", type=float)
-    parser.add_argument("--wd", "--weight-decay", type=float, dest="wd")
-    parser.add_argument("--train-batch", type=int)
-    parser.add_argument("--test-batch", type=int)
-    parser.add_argument("--manualSeed", type=int)
-    return parser
+    return flags.arguments([*COMMANDS, "all"], __doc__.split("\n")[0])
 
 
 def settings_of(args: argparse.Namespace) -> WeightLevelConfig:
     """Settings from the parsed command line."""
+    args = flags.checked(args)
     cfg: dict[str, Any] = {"epochs": args.epochs, "gamma": args.gamma, "lr": args.lr, "momentum": args.momentum, "weight_decay": args.wd}
     if args.schedule is not None:
         epochs = args.epochs or WeightLevelConfig().model_dump()["finetune" if args.stage == "finetune" else "train"]["epochs"]
         drops = [epoch / epochs for epoch in args.schedule if epoch < epochs]
         cfg |= {"schedule": "multistep", "milestones": drops} if drops else {"schedule": "constant"}
-    flags: dict[str, Any] = {
+    given: dict[str, Any] = {
         "data": {"name": args.dataset, "batch_size": args.train_batch, "eval_batch_size": args.test_batch},
         "sparsities": None if args.percent is None else [args.percent],
         "seeds": None if args.manualSeed is None else [args.manualSeed],
         "finetune" if args.stage == "finetune" else "train": cfg,
+        "model": flags.network_of(args),
     }
-    if args.arch is not None:
-        flags["model"] = {"name": ARCHITECTURES[args.arch]}
     if args.stage == "train" and args.config_path is None:
-        flags["name"] = f"weight-level-{args.arch or 'model'}-{args.dataset or 'data'}"
-    if args.percent is not None and not 0 <= args.percent < 1:
-        raise UserError(f"--percent is the fraction removed, in [0, 1), got {args.percent:g}; write 0.3 for 30 percent.")
-    return load_settings(WeightLevelConfig, args.config_path, args.set, flags)
+        given["name"] = f"weight-level-{args.arch or 'model'}-{args.dataset or 'data'}"
+    return load_settings(WeightLevelConfig, args.config_path, args.set, given)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -79,6 +79,37 @@ def test_published_flags():
     assert (found.finetune.epochs, found.finetune.schedule, found.finetune.lr) == (40, "constant", 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "options"),
+    [
+        ("--arch vgg", "vgg16_weight_level", {}),
+        ("--arch resnet --depth 56", "resnet56", {}),
+        ("--arch resnet56 --block-name BasicBlock", "resnet56", {}),
+        ("--arch preresnet --depth 110", "preresnet110", {}),
+        ("--arch preresnet --depth 110 --block-name Bottleneck", "preresnet110_bottleneck", {}),
+        ("--arch wrn --depth 28 --widen-factor 10", "wrn_28_10", {"width": 10}),
+        ("--arch wrn --depth 16", "wrn_16_8", {"width": 4}),
+    ],
+)
+def test_networks_of_a_family(line, name, options):
+    model = settings_of(arguments().parse_args(["train", *line.split()])).model
+    assert (model.name, model.options) == (name, options)
+
+
+def test_training_goes_on_from_given_weights(tmp_path, capsys):
+    assert command("train", tmp_path, "--epochs", 1, "--save", tmp_path / "a") == 0
+    first = tmp_path / "a/model.safetensors"
+    capsys.readouterr()
+    assert command("train", tmp_path, "--evaluate", "--resume", first) == 0
+    measured = capsys.readouterr().err
+    assert command("train", tmp_path, "--epochs", 0, "--load-model", first, "--save", tmp_path / "b", "--overwrite") == 0
+    assert measured.strip() in capsys.readouterr().err
+    again = load_file(tmp_path / "b/model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in load_file(first).items())
+    assert command("train", tmp_path, "--epochs", 1, "--resume", first, "--save", tmp_path / "b", "--overwrite") == 0
+    assert any(not torch.equal(value, load_file(first)[name]) for name, value in load_file(tmp_path / "b/model.safetensors").items())
+
+
 def test_published_configurations_are_valid():
     names = {path.stem for path in CONFIGS.glob("*.json") if load_settings(WeightLevelConfig, path)}
     assert {f"{arch}_{data}" for arch in ("vgg16", "resnet56", "resnet110", "preresnet110") for data in ("cifar10", "cifar100")} <= names
@@ -89,6 +120,12 @@ def test_published_configurations_are_valid():
     [
         ("prune", ["--percent", "30", "--resume", "x", "--save_dir", "y"], "write 0.3 for 30 percent"),
         ("prune", [], "needs --resume"),
+        ("train", ["--load-optimizer", "x"], "nothing to load"),
+        ("train", ["--evaluate"], "train --evaluate --resume MODEL"),
+        ("train", ["--arch", "resnet"], "needs --depth, one of 20"),
+        ("train", ["--arch", "resnet56", "--depth", "20"], "one network, which --depth does not change"),
+        ("train", ["--arch", "wrn", "--depth", "16", "--block-name", "bottleneck"], "basic blocks only"),
+        ("train", ["--depth", "20"], "give --arch too"),
         ("finetune", [], "needs --resume"),
         ("finetune", ["--resume", "/nowhere.safetensors"], "does not exist"),
         ("all", ["--set", 'arms=["scratch"]'], "Unknown arm 'scratch'"),
