@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ def environment(device: torch.device) -> dict:
     return facts
 
 
+@functools.cache
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s (read plus written) of copying 1 GiB on the GPU: what the share of bandwidth in the tables refers to."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
@@ -49,35 +52,49 @@ def compare(alternatives: dict[str, Callable[[], Tensor]], expected: Tensor, sec
 
 
 def compare_cuda(alternatives: dict[str, Sequence[Callable[[], Tensor]]], expected: Tensor) -> dict[str, dict]:
-    """As `compare` on a GPU; each alternative is a list of the same call on copies of its weights."""
+    """As `compare` on a GPU; each alternative is a list of the same call on copies of its weights. One that cannot be captured in a graph fails."""
     first = {name: calls[0] for name, calls in alternatives.items()}
-    return _judge(first, expected, lambda right: timing.on_cuda([alternatives[name] for name in right]))
+    graphs: dict[str, Any] = {}
+
+    def capture(name: str) -> None:
+        graphs[name] = timing.capture(alternatives[name])
+
+    return _judge(first, expected, lambda right: timing.replay([graphs[name] for name in right]), capture)
 
 
-def _judge(calls: dict[str, Callable[[], Tensor]], expected: Tensor, measure: Callable[[list[str]], list[timing.Timing]]) -> dict[str,
-                                                                                                                                  dict]:
+def _judge(calls: dict[str, Callable[[], Tensor]], expected: Tensor, measure: Callable[[list[str]], list[timing.Timing]],
+           ready: Callable[[str], None] = lambda name: None) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for name, call in calls.items():
         try:
             y = call()
+            distance = error(y, expected)
+            if distance > TOLERANCE[y.dtype]:
+                rows[name] = {"wrong": distance}
+            else:
+                ready(name)
         except Exception as failure:
             # A rival may fail in any way (missing driver, unsupported shape); it must not end the run.
             rows[name] = {"failed": (str(failure).splitlines() or [type(failure).__name__])[0]}
-            continue
-        distance = error(y, expected)
-        if distance > TOLERANCE[y.dtype]:
-            rows[name] = {"wrong": distance}
     right = [name for name in calls if name not in rows]
+    if "dense" not in right:
+        return rows
     taken = dict(zip(right, measure(right)))
     for name, t in taken.items():
         rows[name] = {"us": t.median, "p10": t.p10, "p90": t.p90, "runs": t.runs, "ratio": taken["dense"].median / t.median}
     return rows
 
 
-def write(name: str, device: torch.device, rows: list[dict]) -> Path:
-    """benchmarks/results/<name>.json with the environment and one object per case."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def read(name: str, folder: Path = RESULTS) -> list[dict]:
+    """The rows of an earlier run; none where there is no file."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def write(name: str, device: torch.device, rows: list[dict], folder: Path = RESULTS) -> Path:
+    """<folder>/<name>.json with the environment and one object per case, and a table beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     found = {"environment": environment(device), "rows": rows}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if rows and "times" in rows[0]:
@@ -103,6 +120,8 @@ def table(found: dict) -> str:
 
 def line(label: str, result: dict[str, dict]) -> str:
     """One line of a table: the dense time, and each rival's ratio with its 10th to 90th percentile."""
+    if "us" not in result["dense"]:
+        return f"{label}: dense failed ({result['dense']})"
     dense = result["dense"]["us"]
     parts = [f"{label}: dense {dense:.0f} us"]
     for name, row in result.items():

@@ -1,12 +1,13 @@
 """Sparse Triton kernels against cuBLAS, cuDNN and the sparse products that exist, on an NVIDIA GPU.
 
-    python -m benchmarks.kernels [--part linear conv] [--quick] [--dtype bfloat16]
+    python -m benchmarks.kernels [--part linear conv] [--shapes 14336x4096] [--sparsities 0.5 0.9] [--minutes 9] [--out FOLDER]
 
 Run it from the project's folder. Every case: the dense rival works on the masked weight (zeros included); all sides are CUDA graphs of 20
-launches that go round
-copies of their weights larger than three times the second-level cache, replayed in turns; medians with 10th to 90th percentile. A side
-that computes something else than float64 within the data type's tolerance, or that fails, shows no speed. For each side the GB/s of
-its weights and their share of the measured copy bandwidth are stored. Writes results/kernels_<gpu>.json and plots with the byte bound.
+launches that go round copies of their weights larger than three times the second-level cache, replayed in turns; medians with 10th to
+90th percentile. A side that computes something else than float64 within the data type's tolerance, or that fails, shows no speed. For each
+side the GB/s of its weights and their share of the measured copy bandwidth are stored. Writes kernels_<gpu>.json after every case and
+plots with the byte bound at the end; cases that the file of the same GPU holds are not measured again, so that a run can be cut by
+`--minutes` and continued.
 
 Rivals: cuBLAS / cuDNN, torch CSR (cuSPARSE), torch BSR with its default and with swept settings, torch 2:4 (cuSPARSELt), blksprs where it
 is installed.
@@ -20,18 +21,22 @@ import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import _timing
+from benchmarks._rivals import BLOCK, blksprs_blocks, rotate, torch_bsr, torch_csr, torch_two_four, tuned_bsr
 from kernels import SparseConv2d, SparseLinear, timing
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = (1, 8, 16, 64, 512)
-LINEAR = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (8192, 28672), (12288, 49152), (3072, 768), (4096, 1024),
-          (4096, 25088)]
+LINEAR = [(14336, 4096), (4096, 4096), (8192, 28672), (11008, 4096), (4096, 11008), (4096, 25088), (3072, 768), (4096, 1024),
+          (12288, 49152)]
 # name, in channels, out channels, kernel, map
 CONVOLUTIONS = [
     ("resnet50 3x3 56", 64, 64, 3, 56), ("resnet50 3x3 28", 128, 128, 3, 28), ("resnet50 3x3 14", 256, 256, 3, 14),
@@ -40,9 +45,7 @@ CONVOLUTIONS = [
     ("vgg16 3x3 28", 512, 512, 3, 28), ("vgg16 3x3 14", 512, 512, 3, 14),
 ]
 BATCHES = (1, 128)
-BLOCK = 64
 OWN = ("run16", "vector_block", "two_four", "sparse_conv")
-BSR_SETTINGS = [{"SPLIT_N": n, "GROUP_SIZE_ROW": 4, "num_warps": w, "num_stages": s} for n in (1, 2, 4, 8) for w in (4, 8) for s in (1, 3)]
 Calls = dict[str, list[Callable[[], Tensor]]]
 
 
@@ -54,22 +57,13 @@ def mask(rows: int, columns: int, sparsity: float, pattern: str, generator: torc
     return keep.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
-def rotate(make: Callable[[], Callable[[], Tensor]], bytes_each: int, device: torch.device) -> list[Callable[[], Tensor]]:
-    """The same call on as many copies of its weight as the cold-cache rule needs; `make` builds one copy."""
-    return [make() for _ in range(timing.copies_needed(bytes_each, device))]
-
-
 def ours(layer: nn.Module, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
     """Calls of a packed form of `layer`."""
     kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
     packed = kind.from_dense(layer, format=format, **options)
     size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
-
-    def make() -> Callable[[], Tensor]:
-        module = copy.deepcopy(packed)
-        return lambda: module(x)
-
-    return rotate(make, size, x.device)
+    modules = rotate(lambda: copy.deepcopy(packed), size, x.device)
+    return [lambda module=module: module(x) for module in modules]
 
 
 def dense(layer: nn.Module, x: Tensor) -> list[Callable[[], Tensor]]:
@@ -81,82 +75,6 @@ def dense(layer: nn.Module, x: Tensor) -> list[Callable[[], Tensor]]:
     return rotate(make, layer.weight.numel() * layer.weight.element_size(), x.device)
 
 
-def torch_csr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
-    csr = layer.weight.detach().to_sparse_csr()
-    transposed = x.t().contiguous()
-
-    def make() -> Callable[[], Tensor]:
-        weight = csr.clone()
-        return lambda: (weight @ transposed).t()
-
-    return rotate(make, csr.values().numel() * (csr.values().element_size() + 8), x.device)
-
-
-def torch_bsr(layer: nn.Linear, x: Tensor, settings: dict | None) -> list[Callable[[], Tensor]]:
-    from torch.sparse._triton_ops import bsr_dense_addmm
-
-    bsr = layer.weight.detach().to_sparse_bsr((BLOCK, BLOCK))
-    transposed = x.t().contiguous()
-    target = x.new_zeros(layer.out_features, x.shape[0])
-
-    def make() -> Callable[[], Tensor]:
-        weight = bsr.clone()
-        return lambda: bsr_dense_addmm(target, weight, transposed, beta=0, meta=settings).t()
-
-    return rotate(make, bsr.values().numel() * bsr.values().element_size(), x.device)
-
-
-def tuned_bsr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
-    """The fastest of a small sweep of settings, so that the rival is no straw man."""
-    best, fastest = None, float("inf")
-    for settings in BSR_SETTINGS:
-        try:
-            (taken,) = timing.on_cuda([torch_bsr(layer, x, settings)], rounds=5)
-        except Exception:
-            continue
-        if taken.median < fastest:
-            best, fastest = settings, taken.median
-    if best is None:
-        raise RuntimeError("no setting of torch BSR ran")
-    return torch_bsr(layer, x, best)
-
-
-def torch_two_four(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
-    """torch's 2:4 tensor of the two largest of every four: another matrix than the masked one, so its error is against its own product."""
-    from torch.sparse import to_sparse_semi_structured
-
-    fours = layer.weight.detach().view(layer.out_features, -1, 4)
-    kept = torch.zeros_like(fours, dtype=torch.bool).scatter(-1, fours.abs().topk(2, -1).indices, True)
-    pruned = (fours * kept).view_as(layer.weight)
-
-    def make() -> Callable[[], Tensor]:
-        weight = to_sparse_semi_structured(pruned)
-        return lambda: nn.functional.linear(x, weight)
-
-    return rotate(make, pruned.numel() * pruned.element_size() // 2, x.device)
-
-
-def blksprs_blocks(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
-    """blksprs: dense x (as one full block matrix) times the block-sparse transposed weight."""
-    import blksprs as bs
-    from blksprs.utils.blksprs_tensor import BlksprsTensor
-
-    weight = layer.weight.detach().t().contiguous()[None]
-    rows = -(-x.shape[0] // BLOCK) * BLOCK
-    padded = nn.functional.pad(x, (0, 0, 0, rows - x.shape[0]))[None].contiguous()
-    full = torch.ones(1, rows // BLOCK, x.shape[1] // BLOCK, dtype=torch.bool, device=x.device)
-    layout = weight.view(1, weight.shape[1] // BLOCK, BLOCK, weight.shape[2] // BLOCK, BLOCK).any(4).any(2)
-    out = torch.ones(1, rows // BLOCK, weight.shape[2] // BLOCK, dtype=torch.bool, device=x.device)
-    left: BlksprsTensor = bs.ops.to_sparse(padded, full, BLOCK)
-    right = bs.ops.to_sparse(weight, layout, BLOCK)
-
-    def make() -> Callable[[], Tensor]:
-        stored = right.clone()
-        return lambda: bs.ops.to_dense(bs.ops.matmul(left, full, stored, layout, out, BLOCK), out, BLOCK)[0, : x.shape[0]]
-
-    return rotate(make, right.numel() * right.element_size(), x.device)
-
-
 def add(calls: Calls, name: str, build: Callable[[], list[Callable[[], Tensor]]], failures: dict[str, str]) -> None:
     """Builds a side of the comparison; one that cannot be built is recorded and left out."""
     try:
@@ -165,36 +83,53 @@ def add(calls: Calls, name: str, build: Callable[[], list[Callable[[], Tensor]]]
         failures[name] = (str(failure).splitlines() or [type(failure).__name__])[0]
 
 
-def linear_case(rows: int, columns: int, batch: int, sparsity: float, pattern: str, dtype: torch.dtype, generator: torch.Generator,
-                peers: bool) -> dict[str, dict]:
-    """All sides of one matrix product."""
-    layer = nn.Linear(columns, rows, bias=False, device=generator.device, dtype=dtype).requires_grad_(False)
-    layer.weight.copy_(torch.randn(rows, columns, generator=generator, device=generator.device) * mask(rows, columns, sparsity, pattern,
-                                                                                                       generator))
-    x = torch.randn(batch, columns, generator=generator, device=generator.device).to(dtype)
-    calls: Calls = {"dense": dense(layer, x)}
-    failures: dict[str, str] = {}
-    if pattern == "random":
-        if batch <= 16:
-            for coding, name in enumerate(("nibbles", "bytes")):
-                add(calls, f"run16 {name}", lambda coding=coding: ours(layer, x, "run16", coding=coding), failures)
-        if batch >= 64 and dtype != torch.float32:
-            add(calls, "two_four", lambda: ours(layer, x, "two_four"), failures)
-        if peers:
-            add(calls, "torch CSR", lambda: torch_csr(layer, x), failures)
-    else:
-        for height in (64, 128):
-            add(calls, f"vector_block {height}", lambda height=height: ours(layer, x, "vector_block", height=height), failures)
-    if peers and pattern == "blocks":
-        add(calls, "torch BSR default", lambda: torch_bsr(layer, x, None), failures)
-        add(calls, "torch BSR tuned", lambda: tuned_bsr(layer, x), failures)
-        if importlib.util.find_spec("blksprs"):
-            add(calls, "blksprs", lambda: blksprs_blocks(layer, x), failures)
-    expected = x.double() @ layer.weight.double().t()
-    result = _timing.compare_cuda(calls, expected)
-    if peers and pattern == "random" and dtype != torch.float32:
-        result |= two_four_row(layer, x)
-    return result | {name: {"failed": reason} for name, reason in failures.items()}
+class Matrix:
+    """One masked matrix; its packed forms are made once (packing takes far longer than measuring) and used for all inputs."""
+
+    def __init__(self, rows: int, columns: int, sparsity: float, pattern: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+        device = generator.device
+        self.layer = nn.Linear(columns, rows, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        values = torch.randn(rows, columns, generator=generator, device=device)
+        self.layer.weight.copy_(values.mul_(mask(rows, columns, sparsity, pattern, generator)))
+        self.pattern, self.generator = pattern, generator
+        self._packed: dict[tuple, list[nn.Module]] = {}
+
+    def form(self, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
+        """Calls of a packed form."""
+        key = (format, *sorted(options.items()))
+        if key not in self._packed:
+            packed = SparseLinear.from_dense(self.layer, format=format, **options)
+            size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
+            self._packed[key] = rotate(lambda: copy.deepcopy(packed), size, x.device)
+        return [lambda module=module: module(x) for module in self._packed[key]]
+
+    def measure(self, batch: int, peers: bool) -> dict[str, dict]:
+        """All sides of the product with `batch` columns of x."""
+        layer, dtype = self.layer, self.layer.weight.dtype
+        x = torch.randn(batch, layer.in_features, generator=self.generator, device=self.generator.device).to(dtype)
+        calls: Calls = {"dense": dense(layer, x)}
+        failures: dict[str, str] = {}
+        if self.pattern == "random":
+            if batch <= 16:
+                for coding, name in enumerate(("nibbles", "bytes")):
+                    add(calls, f"run16 {name}", lambda coding=coding: self.form(x, "run16", coding=coding), failures)
+            if batch >= 64 and dtype != torch.float32:
+                add(calls, "two_four", lambda: self.form(x, "two_four"), failures)
+            if peers:
+                add(calls, "torch CSR", lambda: torch_csr(layer, x), failures)
+        else:
+            for height in (64, 128):
+                add(calls, f"vector_block {height}", lambda height=height: self.form(x, "vector_block", height=height), failures)
+        if peers and self.pattern == "blocks":
+            add(calls, "torch BSR default", lambda: torch_bsr(layer, x, None), failures)
+            add(calls, "torch BSR tuned", lambda: tuned_bsr(layer, x), failures)
+            if importlib.util.find_spec("blksprs"):
+                add(calls, "blksprs", lambda: blksprs_blocks(layer, x), failures)
+        expected = x.double() @ layer.weight.double().t()
+        result = _timing.compare_cuda(calls, expected)
+        if peers and self.pattern == "random" and dtype != torch.float32:
+            result |= two_four_row(layer, x)
+        return result | {name: {"failed": reason} for name, reason in failures.items()}
 
 
 def two_four_row(layer: nn.Linear, x: Tensor) -> dict[str, dict]:
@@ -242,50 +177,76 @@ def describe(row: dict, bytes_dense: int, copy_gb_s: float) -> None:
             times["share_of_copy"] = times["weight_gb_s"] / copy_gb_s
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="+", default=["linear", "conv"], choices=["linear", "conv"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--quick", action="store_true", help="two matrices, two convolutions")
-    parser.add_argument("--no-peers", action="store_true", help="only dense and this project's kernels")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.kernels needs an NVIDIA GPU and none was found; benchmarks.kernels_cpu measures the CPU path")
-    device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
-    torch.backends.cudnn.benchmark = True
-    generator = torch.Generator(device=device).manual_seed(0)
-    copy_gb_s = _timing.copy_bandwidth(device)
-    suffix = "" if options.dtype == "bfloat16" else f"_{options.dtype}"
-    name = "kernels_" + re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower() + suffix
-    rows: list[dict] = []
-
-    def keep(kind: str, label: str, columns: int, pattern: str, sparsity: float, times: dict, bytes_dense: int) -> None:
-        row = {"kind": kind, "name": label, "columns": columns, "pattern": pattern, "sparsity": sparsity, "times": times}
-        describe(row, bytes_dense, copy_gb_s)
-        rows.append(row)
-        print(_timing.line(f"{kind} {label} N {columns} {pattern} {sparsity}", times), flush=True)
-        _timing.write(name, device, rows)
-
-    with torch.no_grad():
-        if "linear" in options.part:
-            shapes = LINEAR[:2] if options.quick else LINEAR
-            for (m, k), pattern, batch, sparsity in itertools.product(shapes, ("random", "vectors", "blocks"), COLUMNS, SPARSITIES):
-                times = linear_case(m, k, batch, sparsity, pattern, dtype, generator, not options.no_peers)
-                keep("linear", f"{m}x{k}", batch, pattern, sparsity, times, m * k * dtype.itemsize)
-        if "conv" in options.part:
-            layers = CONVOLUTIONS[:2] if options.quick else CONVOLUTIONS
-            for layer, pattern, batch, sparsity in itertools.product(layers, ("random", "panels"), BATCHES, SPARSITIES):
-                label, inputs, outputs, kernel, size = layer
+def cases(options: argparse.Namespace, generator: torch.Generator, known: set[tuple]) -> Iterator[tuple[dict[str, Any], int, dict[str, dict]]]:
+    """(facts of a case, bytes of its dense weight, its times) for every case that is not in `known`."""
+    dtype = getattr(torch, options.dtype)
+    if "linear" in options.part:
+        shapes = [shape for shape in LINEAR if not options.shapes or f"{shape[0]}x{shape[1]}" in options.shapes]
+        for (rows, columns), sparsity, pattern in itertools.product(shapes, options.sparsities, ("random", "vectors", "blocks")):
+            matrix = None
+            for batch in options.columns:
+                facts = {"kind": "linear", "name": f"{rows}x{columns}", "columns": batch, "pattern": pattern, "sparsity": sparsity}
+                if tuple(facts.values()) not in known:
+                    matrix = matrix or Matrix(rows, columns, sparsity, pattern, dtype, generator)
+                    yield facts, rows * columns * dtype.itemsize, matrix.measure(batch, not options.no_peers)
+    if "conv" in options.part:
+        layers = [layer for layer in CONVOLUTIONS if not options.shapes or layer[0] in options.shapes]
+        for layer, sparsity, pattern, batch in itertools.product(layers, options.sparsities, ("random", "panels"), BATCHES):
+            label, inputs, outputs, kernel, size = layer
+            facts = {"kind": "conv", "name": label, "columns": batch, "pattern": pattern, "sparsity": sparsity}
+            if tuple(facts.values()) not in known:
                 times = convolution_case(inputs, outputs, kernel, size, batch, sparsity, pattern, dtype, generator)
-                keep("conv", label, batch, pattern, sparsity, times, inputs * outputs * kernel**2 * dtype.itemsize)
+                yield facts, inputs * outputs * kernel**2 * dtype.itemsize, times
+
+
+def plots(rows: list[dict], folder: Path, name: str) -> None:
+    """Ratio against sparsity for every kind, pattern and number of columns; the fastest of this project's forms."""
     for kind, pattern, columns in sorted({(r["kind"], r["pattern"], r["columns"]) for r in rows}):
         curves: dict[str, list[tuple[float, float]]] = {}
         for r in rows:
             ratios = [t["ratio"] for side, t in r["times"].items() if "ratio" in t and side.startswith(OWN)]
             if (r["kind"], r["pattern"], r["columns"]) == (kind, pattern, columns) and ratios:
                 curves.setdefault(r["name"], []).append((r["sparsity"], max(ratios)))
-        bound = byte_bound if pattern == "random" else lambda s: 1 / (1 - s)
-        _timing.plot(_timing.RESULTS / f"{name}_{kind}_{pattern}_{columns}.png", f"{kind}, {pattern} mask, N {columns}", curves, bound)
+        if curves:
+            bound = byte_bound if pattern == "random" else lambda s: 1 / (1 - s)
+            _timing.plot(folder / f"{name}_{kind}_{pattern}_{columns}.png", f"{kind}, {pattern} mask, N {columns}", curves, bound)
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", default=["linear", "conv"], choices=["linear", "conv"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--shapes", nargs="+", default=[], help="names of layers, such as 14336x4096 or 'resnet50 3x3 14'; all where none is given")
+    parser.add_argument("--columns", nargs="+", type=int, default=list(COLUMNS), help="columns of x of the matrix products")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
+    parser.add_argument("--no-peers", action="store_true", help="only dense and this project's kernels")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further case after so long")
+    parser.add_argument("--out", type=Path, default=_timing.RESULTS, help="folder of the results")
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    options = arguments()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.kernels needs an NVIDIA GPU and none was found; benchmarks.kernels_cpu measures the CPU path")
+    started, device = time.monotonic(), torch.device("cuda")
+    torch.backends.cudnn.benchmark = True
+    copy_gb_s = _timing.copy_bandwidth(device)
+    suffix = "" if options.dtype == "bfloat16" else f"_{options.dtype}"
+    name = "kernels_" + re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower() + suffix
+    rows = _timing.read(name, options.out)
+    known = {tuple(row[key] for key in ("kind", "name", "columns", "pattern", "sparsity")) for row in rows}
+    with torch.no_grad():
+        for facts, bytes_dense, times in cases(options, torch.Generator(device=device).manual_seed(0), known):
+            rows.append(facts | {"times": times})
+            describe(rows[-1], bytes_dense, copy_gb_s)
+            print(_timing.line(" ".join(map(str, facts.values())), times), flush=True)
+            _timing.write(name, device, rows, options.out)
+            if time.monotonic() - started > 60 * options.minutes:
+                print(f"stopped after {options.minutes:g} minutes; the same command goes on", flush=True)
+                break
+    plots(rows, options.out, name)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Latency of whole masked networks before and after `sparsify`: the curve of time against sparsity that masks alone leave flat.
 
-    python -m benchmarks.sparse_model [--device cuda] [--cases cifar imagenet] [--batches 1 128] [--models vgg16 resnet50]
+    python -m benchmarks.sparse_model [--device cuda] [--cases cifar imagenet] [--batches 1 128] [--models vgg16 resnet50] [--out FOLDER]
 
 Every convolution and linear layer except the first is masked to the same sparsity (random weights: the time does not depend on their
-values, only on
-where zeros are; smallest magnitudes are removed). Both networks are timed in turns in one process. On a GPU the weights are bfloat16 and
-channels_last. Writes results/sparse_model_<device>.json and a plot per network.
+values, only on where zeros are; smallest magnitudes are removed). Both networks are timed in turns in one process. On a GPU the weights are
+bfloat16 and channels_last. Writes sparse_model_<device>.json after every row and a plot per case at the end; rows that the file holds
+are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,25 +73,32 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--seconds", type=float, default=0.3, help="time for measuring one layer")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=_timing.RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    rows = []
+    name = f"sparse_model_{device.type}"
+    rows = _timing.read(name, options.out)
+    known = {tuple(row[key] for key in ("model", "case", "batch", "sparsity")) for row in rows}
     for case in options.cases:
         classes, size, names = CASES[case]
         for model in options.models:
             for batch in options.batches:
                 for sparsity in options.sparsities:
+                    if (model, case, batch, sparsity) in known:
+                        continue
                     row = {"model": model, "case": case, "batch": batch, "sparsity": sparsity,
                            **measure(names[model], classes, size, sparsity, batch, device, options.seconds)}
                     rows.append(row)
                     print(row, flush=True)
-                    _timing.write(f"sparse_model_{device.type}", device, rows)
+                    _timing.write(name, device, rows, options.out)
     for case in options.cases:
         for batch in options.batches:
             curves = {m: [(r["sparsity"], r["ratio"]) for r in rows if (r["model"], r["case"], r["batch"]) == (m, case, batch)
                           and "ratio" in r] for m in options.models}
-            path = _timing.RESULTS / f"sparse_model_{device.type}_{case}_{batch}.png"
+            if not any(curves.values()):
+                continue
+            path = options.out / f"{name}_{case}_{batch}.png"
             _timing.plot(path, f"{case}, batch {batch}, {device.type}: before / after sparsify", curves)
 
 

@@ -53,20 +53,23 @@ def copies_needed(bytes_each: int, device: torch.device) -> int:
     return max(1, min(LAUNCHES, -(-3 * cache // max(1, bytes_each))))
 
 
-def on_cuda(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 30) -> list[Timing]:
-    """Each element of `calls` is one alternative: the same call on several copies of its tensors. Interleaved replays of one graph each."""
-    graphs = []
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of LAUNCHES calls that go round `calls` (the same call on several copies of its tensors), after one plain call of each."""
     side = torch.cuda.Stream()
-    for alternatives in calls:
-        with torch.cuda.stream(side):
-            for call in alternatives:
-                call()
-        side.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            for number in range(LAUNCHES):
-                alternatives[number % len(alternatives)]()
-        graphs.append(graph)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for number in range(LAUNCHES):
+            calls[number % len(calls)]()
+    return graph
+
+
+def replay(graphs: Sequence[torch.cuda.CUDAGraph], rounds: int = 30) -> list[Timing]:
+    """Interleaved replays; times are per call."""
     samples: list[list[float]] = [[] for _ in graphs]
     for number in range(rounds + 3):
         for graph, taken in zip(graphs, samples):
@@ -78,3 +81,8 @@ def on_cuda(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 30) -
             if number >= 3:
                 taken.append(start.elapsed_time(stop) / 1e3 / LAUNCHES)
     return [summarise(taken) for taken in samples]
+
+
+def on_cuda(calls: Sequence[Sequence[Callable[[], object]]], rounds: int = 30) -> list[Timing]:
+    """Each element of `calls` is one alternative: the same call on several copies of its tensors. Interleaved replays of one graph each."""
+    return replay([capture(alternatives) for alternatives in calls], rounds)

@@ -64,17 +64,55 @@ def test_every_side_of_the_gpu_benchmark_computes_the_same(monkeypatch):
         return [timing.Timing(float(len(alternatives)), 1.0, 1.0, len([call() for call in alternatives])) for alternatives in calls]
 
     monkeypatch.setattr(timing, "on_cuda", once)
+    monkeypatch.setattr(timing, "capture", lambda calls: calls)
+    monkeypatch.setattr(timing, "replay", once)
     monkeypatch.setattr(timing, "copies_needed", lambda size, device: 2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        random = gpu.linear_case(128, 256, 8, 0.8, "random", torch.float32, generator, peers=True)
+        random = gpu.Matrix(128, 256, 0.8, "random", torch.float32, generator).measure(8, peers=True)
         assert {name for name, side in random.items() if "us" in side} == {"dense", "run16 nibbles", "run16 bytes", "torch CSR"}
-        wide = gpu.linear_case(128, 256, 64, 0.8, "random", torch.bfloat16, generator, peers=False)
+        wide = gpu.Matrix(128, 256, 0.8, "random", torch.bfloat16, generator).measure(64, peers=False)
         assert {name for name, side in wide.items() if "us" in side} == {"dense", "two_four"}
-        blocks = gpu.linear_case(128, 256, 64, 0.8, "blocks", torch.float32, generator, peers=True)
+        blocks = gpu.Matrix(128, 256, 0.8, "blocks", torch.float32, generator).measure(64, peers=True)
         assert {name for name, side in blocks.items() if "us" in side} >= {"dense", "vector_block 64", "vector_block 128"}
         conv = gpu.convolution_case(16, 64, 3, 6, 1, 0.8, "panels", torch.float32, generator)
         assert {name for name, side in conv.items() if "us" in side} == {"dense", "sparse_conv 64", "sparse_conv 128", "sparse_conv 64, full list"}
     row = {"sparsity": 0.8, "times": {"dense": {"us": 10.0}, "run16 nibbles": {"us": 4.0}}}
     gpu.describe(row, 40_000, 100.0)
     assert row["times"]["dense"]["share_of_copy"] == pytest.approx(0.04) and row["times"]["run16 nibbles"]["weight_gb_s"] == pytest.approx(2.0)
+
+
+def test_a_side_that_cannot_be_captured_fails_alone(monkeypatch):
+    def capture(calls):
+        if calls[0]() is None:
+            raise AssertionError("unreachable")
+        if len(calls) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return calls
+
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "replay", lambda graphs: [timing.Timing(10.0, 9.0, 11.0, 5) for _ in graphs])
+    right = lambda: torch.ones(3)  # noqa: E731
+    rows = _timing.compare_cuda({"dense": [right], "rival": [right] * 3}, torch.ones(3, dtype=torch.float64))
+    assert rows["dense"]["us"] == 10.0 and "not permitted" in rows["rival"]["failed"]
+    rows = _timing.compare_cuda({"dense": [right] * 3, "rival": [right]}, torch.ones(3, dtype=torch.float64))
+    assert "ratio" not in rows.get("rival", {}) and "dense failed" in _timing.line("case", rows)
+
+
+def test_cases_that_were_measured_are_skipped(monkeypatch):
+    measured = []
+
+    class Fake:
+        def __init__(self, rows, columns, *rest):
+            self.size = rows, columns
+
+        def measure(self, batch, peers):
+            measured.append((self.size, batch))
+            return {}
+
+    monkeypatch.setattr(gpu, "Matrix", Fake)
+    options = gpu.arguments(["--part", "linear", "--shapes", "3072x768", "--columns", "1", "8", "--sparsities", "0.9"])
+    known = {("linear", "3072x768", 1, "random", 0.9)}
+    facts = [facts for facts, size, _ in gpu.cases(options, torch.Generator(), known)]
+    assert measured == [((3072, 768), 8), *[((3072, 768), n) for n in (1, 8)] * 2]
+    assert facts[0] == {"kind": "linear", "name": "3072x768", "columns": 8, "pattern": "random", "sparsity": 0.9}
