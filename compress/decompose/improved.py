@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from compress.curvature import LayerFactors, collect, ekfac, eigh
@@ -64,6 +64,11 @@ class ImprovedOptions(EigenDamageOptions):
         "preserving", description="new filters that leave the function as it is, or copies of the last one (as published)"
     )
     allow_increase: bool = Field(False, description="replace layers even where they get no smaller")
+
+    @field_validator("ekfac", "depthwise")
+    @classmethod
+    def _of_eigendamage(cls, value: bool) -> bool:
+        raise ValueError("Improved EigenDamage has `eigenvalues` and `decomposition` instead")
 
     @staticmethod
     def published(**changes: Any) -> ImprovedOptions:

@@ -2,6 +2,19 @@
 
 A round takes statistics, scores every target layer, and replaces those that get smaller. A layer that is a block already is pruned in
 its core, and the new rotations are merged into its outer factors (their outer widths stay). Between rounds the caller fine-tunes.
+
+The defaults differ from the published one-shot run in `accept` (a layer must get smaller in MACs too) and in `ekfac`. Products of eigenvalues
+under-estimate the loss of a cut by a factor that differs between layers, and one threshold over all layers then cuts some of them to pieces.
+Accuracy at 1.5 times fewer MACs, CIFAR-10, 2,048 calibration images, BatchNorm recalibrated, no fine-tuning, 3,000 test images:
+                                                        ResNet-20   ResNet-56
+    products of eigenvalues (published)                   28.5 %      43.7 %
+    the same, `normalize`                                 62.3 %
+    EKFAC second moments (default)                        54.1 %      62.1 %
+    EKFAC, `normalize`                                    66.2 %      59.1 %
+    EKFAC, the same fraction of every layer               67.4 %
+    Tucker-2 at the ranks of the default                  80.2 %
+What is left is the method's own: it keeps coordinates of the eigenbasis, not the best subspaces, and its threshold asks what a row is worth,
+not what it saves.
 """
 
 from __future__ import annotations
@@ -26,7 +39,7 @@ from compress.errors import UserError
 
 
 class EigenDamageOptions(Section):
-    """Options of EigenDamage; the defaults are the published one-shot values."""
+    """Options of EigenDamage; the defaults are the published one-shot values but for `ekfac` and `accept` (see the module docstring)."""
 
     pool_fraction: float = Field(
         0.5,
@@ -48,7 +61,9 @@ class EigenDamageOptions(Section):
     )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
     use_patch: bool = Field(True, description="channel covariance over the pixels of all windows; off: every input pixel once")
-    ekfac: bool = Field(False, description="EKFAC second moments from all calibration data in the place of products of eigenvalues")
+    ekfac: bool = Field(
+        True, description="EKFAC second moments from all calibration data; off: products of eigenvalues (as published)"
+    )
     depthwise: bool = Field(False, description="split the kept core into a depthwise convolution between 1x1 convolutions")
     skip_last: bool = Field(True, description="leave the last linear layer as it is")
     accept: Literal["both", "params"] = Field(

@@ -25,7 +25,7 @@ from compress.decompose.targets import left_alone, targets
 from compress.errors import RunError, UserError
 from tests.compress.decompose.nets import batches, network
 
-EXACT = EigenDamageOptions(fisher="exact")
+EXACT = EigenDamageOptions(fisher="exact", ekfac=False)
 X = torch.cat([x for x, _ in batches()])
 
 

@@ -78,3 +78,13 @@ def test_a_layer_without_data_stays_or_is_named(name):
         assert "'spare'" in str(error) and "\n" not in str(error)
     else:
         assert torch.equal(small.spare.weight, model.spare.weight) and torch.isfinite(small(X)).all()
+
+
+def test_eigendamage_measures_its_second_moments_unless_told_not_to():
+    model = network()
+    ranks = [compress(model, X[:1], [(X, Y)], method="eigendamage", budget={"params": 0.4}, recalibrate=False, options=options)[2].ranks
+             for options in ({"fisher": "exact"}, {"fisher": "exact", "ekfac": True}, {"fisher": "exact", "ekfac": False})]
+    assert ranks[0] == ranks[1] != ranks[2]
+    for option in ("ekfac", "depthwise"):
+        with pytest.raises(CompressError, match=f"Option '{option}' of method 'improved_eigendamage'.*decomposition"):
+            compress(model, X[:1], [(X, Y)], method="improved_eigendamage", budget={"params": 0.3}, options={option: True})
