@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from compress.experiments import at_init_flow, at_init_tables
+from compress.experiments import at_init_flow, at_init_flow_tables, at_init_tables
 from compress.experiments.at_init_runs import all_runs, multishot, rows_of, singleshot, start_model
 from compress.experiments.at_init_settings import AtInitConfig, arguments, settings_of
 from compress.experiments.base import Log, RunFolder, data_of, main_guard, say
@@ -37,7 +37,7 @@ def _training(settings: AtInitConfig, folder: RunFolder, log: Log) -> list[dict[
                 compute = partial(multishot, settings, data, model, pruner, ratio, levels, seed, log)
             facts = {"pruner": pruner, "compression_ratio": ratio, "levels": levels, "seed": seed, "scope": settings.scope}
             row = rows_of(folder.run(name, compute, log), facts)
-            rows.append(row | {"mac_fraction": row["macs_nonzero"] / row["macs"]})
+            rows.append(row | {"mac_fraction": row["macs_nonzero"] / row["macs"], "flops": 2 * row["macs_nonzero"]})
     at_init_tables.write(rows, folder.path, settings.detail_ratio)
     return rows
 
@@ -66,8 +66,11 @@ def _conservation(settings: AtInitConfig, folder: RunFolder, log: Log) -> list[d
 
 def run(settings: AtInitConfig, folder: RunFolder, log: Log = say) -> list[dict[str, Any]]:
     """Run the experiment of the settings; writes results, tables and figures, and returns the rows."""
-    rows = (_training if settings.experiment in ("singleshot", "multishot") else _conservation)(settings, folder, log)
+    trains = settings.experiment in ("singleshot", "multishot")
+    rows = (_training if trains else _conservation)(settings, folder, log)
     folder.write_rows(rows)
+    if not trains:
+        at_init_flow_tables.write(settings.experiment, rows, folder.path)
     return rows
 
 

@@ -22,7 +22,7 @@ from compress.data import DataBundle, load_data
 from compress.errors import CompressError, UserError
 from compress.experiments.settings import Experiment
 from compress.files import read_json, write_json, write_text
-from compress.pipeline.checks import pick_device
+from compress.pipeline.checks import build_network, pick_device
 from compress.siblings import own
 from compress.train import evaluate, fit, recalibrate
 
@@ -94,16 +94,10 @@ def data_of(settings: Experiment, seed: int) -> DataBundle:
 def fresh_model(settings: Experiment, data: DataBundle, seed: int) -> nn.Module:
     """The network with initial weights of this seed; the global random state is not changed.
 
-    A network with the option `image_size` is built for the data set's images where the option is not given.
+    A network with the option `image_size` is built for the data set's images where the option is not given. Raises `UserError` for images
+    that the network cannot take.
     """
-    models, name = own("models"), settings.model.name
-    options = dict(settings.model.options)
-    if "image_size" in models.info(name, **options).options:
-        options.setdefault("image_size", data.input_shape[1])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = models.build(name, data.num_classes, data.input_shape[0], **options)
-    return model.to(device_of(settings))
+    return build_network(settings.model, data.num_classes, data.input_shape, seed).to(device_of(settings))
 
 
 def base_model(settings: Experiment, data: DataBundle, seed: int, folder: RunFolder, log: Log) -> nn.Module:

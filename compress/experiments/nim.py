@@ -33,6 +33,7 @@ from compress.experiments.base import Log, RunFolder, accuracy, base_model, data
 from compress.experiments.settings import Experiment, common_arguments, load_settings, validate
 from compress.masks import Masks
 from compress.nim import METHODS, NimGame, players_of
+from compress.nim.players import ALIASES
 from compress.nim.game import ORDERS, append_moves
 from compress.train import fit
 
@@ -80,7 +81,7 @@ def play_and_train(
     masks = Masks.attach(model, settings.scope, settings.exclude)
     sizes = {name: mask.numel() for name, mask in masks.items()}
     stride = int(settings.stride) if settings.stride >= 1 else settings.stride
-    game = NimGame(sizes, players_of(method, log), stride, settings.order, seed, {name: mask.cpu().numpy() for name, mask in masks.items()})
+    game = NimGame(sizes, players_of(method), stride, settings.order, seed, {name: mask.cpu().numpy() for name, mask in masks.items()})
     result: list[tuple[float, float]] = [(1 - masks.density, accuracy(model, data, settings))]
     played: list[dict[str, Any]] = []
 
@@ -125,7 +126,8 @@ def play_and_train(
 def run(settings: NimConfig, folder: RunFolder, log: Log = say) -> list[dict[str, Any]]:
     """All runs of the settings, with results and figures; returns one row per run."""
     for method in settings.methods:
-        players_of(method)
+        players_of(method, log)
+    methods = list(dict.fromkeys(ALIASES.get(method, method) for method in settings.methods))
     if steps_of(settings) < 1:
         raise UserError(
             f"target_sparsity {settings.target_sparsity} is below prune_speed {settings.prune_speed}: there is no step to play."
@@ -136,7 +138,7 @@ def run(settings: NimConfig, folder: RunFolder, log: Log = say) -> list[dict[str
             own_settings = _for(settings, arch, dataset)
             for seed in settings.seeds:
                 data = data_of(own_settings, seed)
-                for method in settings.methods:
+                for method in methods:
                     key = f"{arch}-{dataset}-{method}-s{seed}"
 
                     def once(

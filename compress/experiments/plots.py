@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from compress.experiments.base import write_csv
 
@@ -23,23 +24,46 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
+def _legend(figure: Figure, columns: int = 5) -> None:
+    """Below the axes, where it covers nothing."""
+    found = figure.axes[0].get_legend_handles_labels()
+    if found[0]:
+        figure.legend(*found, loc="outside lower center", ncols=min(columns, len(found[0])), fontsize=8, frameon=False)
+
+
 def _save(figure: Figure, path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=120, metadata={"Software": None})
     write_csv(path.with_suffix(".csv"), rows)
 
 
-def lines(path: Path, series: Mapping[str, Points], title: str, x: str, y: str, marks: Sequence[float] = (), log_x: bool = False) -> None:
-    """One line with dots per series; `marks` are vertical lines (prunes)."""
+def lines(
+    path: Path,
+    series: Mapping[str, Points],
+    title: str,
+    x: str,
+    y: str,
+    marks: Sequence[float] = (),
+    log_x: bool = False,
+    log_y: bool = False,
+    joined: bool = True,
+) -> None:
+    """One line with dots per series, or dots alone; `marks` are vertical lines (prunes)."""
     figure, axes = _axes(title, x, y)
     for name, points in series.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, label=name)
+        style = {"marker": "o", "markersize": 3.5 if len(points) <= 40 else 1.5} | ({} if joined else {"linestyle": "none"})
+        axes.plot(*zip(*points, strict=True), label=name, **style)
     for mark in marks:
         axes.axvline(mark, color="0.7", linewidth=0.8, linestyle="--", zorder=0)
     if log_x:
         axes.set_xscale("log")
-    if series:
-        axes.legend(fontsize=8)
+        values = sorted({x for points in series.values() for x, _ in points})
+        if len(values) <= 10:
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.xaxis.set_minor_locator(NullLocator())
+    if log_y:
+        axes.set_yscale("log")
+    _legend(figure)
     _save(figure, path, [{"series": name, x: a, y: b} for name, points in series.items() for a, b in points])
 
 
@@ -51,7 +75,7 @@ def error_bars(path: Path, series: Mapping[str, Sequence[tuple[float, float, flo
         below = [m - low for m, low in zip(means, lows, strict=True)]
         above = [high - m for m, high in zip(means, highs, strict=True)]
         axes.errorbar(xs, means, yerr=[below, above], marker="o", markersize=3.5, capsize=3, label=name)
-    axes.legend(fontsize=8)
+    _legend(figure)
     _save(figure, path, [{"series": n, x: a, "mean": m, "low": lo, "high": hi} for n, points in series.items() for a, m, lo, hi in points])
 
 
@@ -67,7 +91,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], title: str, x: s
     heights = [value for values in groups.values() for value in values.values()]
     if heights and min(heights) > 0.5 * max(heights):
         axes.set_ylim(bottom=min(heights) - 0.2 * (max(heights) - min(heights)) - 1e-3)
-    axes.legend(fontsize=8)
+    _legend(figure)
     _save(figure, path, [{x: group, "series": name, y: value} for group, values in groups.items() for name, value in values.items()])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.config import Section
 from compress.errors import UserError
-from compress.masks import Masks, parse_pattern, prune
+from compress.masks import Masks, parse_pattern, prune, select_parameters
 from compress.methods import METHODS, Context, parse_options
 from compress.plan import Plan
 from compress.registry import nearest
@@ -26,6 +26,8 @@ class MaskOptions(Section):
     """Options of all mask methods; a criterion's own options (temperature, block, ...) are given beside them."""
 
     scope: Literal["conv", "conv+linear", "all-weights"] = Field("conv+linear", description="what masks may touch")
+    biases: bool = Field(False, description="mask the biases of the layers in scope too")
+    residual: bool = Field(False, description="mask the scales on skip paths too (networks built with the option skip_scale)")
     pool: Literal["global", "local"] | None = Field(None, description="one ranking, or one per tensor; null: as the allocation says")
     pattern: str = Field("unstructured", description="unstructured, N:M, block-RxC or vector-V")
     iterations: int | None = Field(None, ge=1, description="score-and-prune rounds; null: the criterion's default")
@@ -61,7 +63,9 @@ class MaskMethod:
         return shared, own
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
-        """Whether a layer would be emptied depends on the scores and is found in `apply`."""
+        """A scope that matches nothing is found here; whether a layer would be emptied depends on the scores and is found in `apply`."""
+        shared, _ = self._options(context.options)
+        select_parameters(context.model, shared.scope, context.exclude, shared.biases, shared.residual)
 
     def prepare(self, context: Context) -> None:
         """Nothing beforehand: scores are taken in each round."""
@@ -69,7 +73,7 @@ class MaskMethod:
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """Attach masks to `model` and prune it, in place."""
         shared, own = self._options(context.options)
-        masks = Masks.attach(model, shared.scope, context.exclude)
+        masks = Masks.attach(model, shared.scope, context.exclude, shared.biases, shared.residual)
         first = arguments(context.example)[0]
         if self.criterion == "synflow" and isinstance(first, Tensor):
             own = {"input_shape": tuple(first.shape[1:])} | own

@@ -126,7 +126,7 @@ def check(config: Config) -> Prepared:
             except UserError as error:
                 faults += [f"`prune.ratios`, method {name!r}: {fault}" for fault in error.faults]
     if faults:
-        raise UserError(*faults)
+        raise UserError(*dict.fromkeys(faults))
     return Prepared(model, graph, example, num_classes)
 
 

@@ -1,5 +1,6 @@
 """Oracles: conservation laws, exact counts and identities between arms, on the embedded digits through the command line."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_singleshot(tmp_path):
     assert len(found) == 10
     for (pruner, ratio), row in found.items():
         assert row["kept"] == (TOTAL if ratio == 1 else -(-TOTAL // 10)) and row["density"] == row["kept"] / TOTAL
+        assert row["flops"] == 2 * row["macs_nonzero"]
         assert (row["mac_fraction"] == 1) == (ratio == 1) and 0 < row["mac_fraction"] <= 1
         for name, panel in row["histograms"]["trained"].items():
             layer = next(layer for layer in row["structure"]["layers"] if layer["name"] == name)
@@ -42,7 +44,7 @@ def test_singleshot(tmp_path):
     assert len({found[pruner, 1]["accuracy"] for pruner in ("random", "snip", "grasp", "synflow")}) == 1
     assert found["magnitude", 1]["accuracy_pruned"] > found["random", 1]["accuracy_pruned"]
     folder = tmp_path / "at-init-digits"
-    names = {"accuracy", "test_seconds", "mac_fraction", "layer_sparsity", "layer_macs"}
+    names = {"accuracy", "test_seconds", "flops", "mac_fraction", "layer_sparsity", "layer_macs"}
     names |= {f"weights-{pruner}" for pruner, _ in found}
     assert {path.stem for path in (folder / "figures").glob("*.png")} == names
     text = (folder / "tables.md").read_text()
@@ -85,6 +87,12 @@ def test_conservation(tmp_path):
     shares = {(row["schedule"], row["iterations"]): row["largest_share"] for row in rows(tmp_path, "schedule")}
     assert shares["linear", 1] == shares["geometric", 1] > shares["geometric", 20] and shares["linear", 20] > shares["geometric", 20]
     assert command(tmp_path, "--experiment", "imp-conservation", "--expid", "imp", "--post-epochs", "2") == 0
+    figures = {name: {path.stem for path in (tmp_path / name / "figures").glob("*.png")} for name in ("unit", "layer", "schedule", "imp")}
+    assert figures["unit"] == {"units-synflow", "units-magnitude"} and figures["layer"] == {"layers-synflow"}
+    assert figures["schedule"] == {"schedules-synflow"} and figures["imp"] == {"layers", "course"}
+    points = list(csv.DictReader((tmp_path / "unit/units.csv").open()))
+    assert [float(p["into"]) for p in points if p["pruner"] == "synflow"] == [value for layer in synflow["units"] for value in layer[0]]
+    assert len(list(csv.DictReader((tmp_path / "imp/layers.csv").open()))) == 3 * 3
     courses = rows(tmp_path, "imp")[0]["mean_square"]
     assert [len(course) for course in courses.values()] == [3, 3, 3]
 

@@ -56,6 +56,13 @@ def test_published_command_lines():
     )
 
 
+def test_alias_is_the_method_that_it_means(tmp_path, capsys):
+    assert command(tmp_path, "--prune_method", "1+RANDOM", "--set", "train.epochs=1") == 0
+    assert "'1+RANDOM' is read as 'L1+RANDOM'" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "nim-digits/results.json").read_text())["rows"]
+    assert row["method"] == "L1+RANDOM" and set(row["steps"][0]["removed"]) == {"L1", "RANDOM"}
+
+
 def test_published_settings_give_the_published_list_length():
     settings = load_settings(NimConfig, CONFIGS / "vgg16_cifar10.json")
     assert 1 + settings.stabilise_epochs + steps_of(settings) + settings.finetune_epochs == 31
@@ -70,6 +77,7 @@ def test_published_settings_give_the_published_list_length():
         (["--set", 'architectures=["VGG"]'], "Unknown architecture 'VGG'"),
         (["--prune_speed", "0.9"], "there is no step to play"),
         (["--target_sparsity", "95"], "`target_sparsity`"),
+        (["--arch", "VGG16"], "takes images of at least 32 pixels a side, and the data has 8x8"),
     ],
 )
 def test_bad_input(tmp_path, capsys, flags, sentence):
