@@ -2,7 +2,7 @@
 
 With a depthwise core (`eigendamage_depthwise`) splitting a layer at full width alone removes 60 to 90 % of it, so that splitting every
 layer, as published, overshoots a small budget. Under a budget only as many layers are split as it needs: those with the least loss
-1/2 sum_ij g_i a_j (W'_ij - V'_ij)^2 (V the split weight) per share of the budget saved. The other layers stay in three factors or as they
+1/2 sum_ij s_ij (W'_ij - V'_ij)^2 (V the split weight, s as in `eigen`) per share of the budget saved. The other layers stay in three factors or as they
 are, and the pool fraction makes up what is still missing. A budget that splitting every layer does not meet splits all of them, and the
 pool fraction does the rest.
 """
@@ -83,7 +83,7 @@ def split_loss(entry: Scored) -> float:
     """Predicted loss of the layer's core once it is split at full width."""
     if entry.split_loss is None:
         change = recompose(cp(entry.weight, min(entry.weight.shape[:2]))) - entry.weight
-        entry.split_loss = importance(change, *entry.spectra)[0].sum().item() / 2
+        entry.split_loss = importance(change, *entry.spectra, entry.second)[0].sum().item() / 2
     return entry.split_loss
 
 

@@ -82,13 +82,14 @@ class EigenDamageOptions(Section):
 
 @dataclass
 class Scored:
-    """A target layer: the module to replace, the weight that is rotated, its spectra and its importances."""
+    """A target layer: the module to replace, the weight that is rotated, its spectra, importances and EKFAC second moments (None: products)."""
 
     module: nn.Module
     weight: Tensor
     spectra: tuple[Spectrum, Spectrum]
     sides: Sides
     input_shape: tuple[int, ...]
+    second: Tensor | None = None
     split_loss: float | None = None  # of its core, measured once
 
 
@@ -121,7 +122,7 @@ def scores(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions
         weight = model.get_submodule(source).weight.detach()
         spectra = entry.eigen() if entry.second is not None else bases(weight, entry.A, entry.G, repr(name))
         shape = entry.input_shape if source == name else block_input_shape(module, entry.input_shape)
-        found[name] = Scored(module, weight, spectra, Sides(*importance(weight, *spectra, entry.second)), shape)
+        found[name] = Scored(module, weight, spectra, Sides(*importance(weight, *spectra, entry.second)), shape, entry.second)
     return found
 
 

@@ -130,11 +130,12 @@ def test_excluded_layers_stay(network):
 
 
 @pytest.mark.parametrize("quantity", ["macs", "params"])
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
-def test_the_depthwise_variant_splits_no_more_than_the_budget_needs(network, quantity, ratio):
+@pytest.mark.parametrize(("name", "options", "ratio"), [("eigendamage_depthwise", {}, 0.3), ("eigendamage_depthwise", {}, 0.5), ("eigendamage_depthwise", {}, 0.7),
+                                                        ("improved_eigendamage", {"decomposition": "cp"}, 0.3)])
+def test_a_depthwise_variant_splits_no_more_than_the_budget_needs(network, name, options, quantity, ratio):
     batches = _calibration()
     x = batches[0][0][:1]
-    small, _, report = compress(network, x, batches, method="eigendamage_depthwise", budget={quantity: ratio})
+    small, _, report = compress(network, x, batches, method=name, budget={quantity: ratio}, options=options)
     removed = 1 - getattr(count(small, x), quantity) / getattr(count(network, x), quantity)
     assert ratio <= removed <= ratio + 0.02
     assert any(getattr(small.get_submodule(name), "depthwise", False) for name in report.ranks)
