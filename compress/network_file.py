@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress.arguments import unusable
 from compress.errors import UserError
 from compress.files import read_json, write_bytes, write_json, write_text
+from compress.masks.packing import packed, unpacked
 from compress.plan import Plan, apply_plan
 from compress.siblings import own
 
@@ -28,13 +29,14 @@ FORMAT = 1
 
 
 def weights_to_bytes(model: nn.Module) -> bytes:
-    """All parameters and persistent buffers as safetensors; a tensor with several names (a tie) is stored once per name."""
+    """All parameters and persistent buffers as safetensors; a tensor with several names (a tie) is stored once per name, a masked one as
+    its mask's bits and its kept values (`compress.masks.packing`)."""
     held = model.state_dict()
     for name, value in held.items():
         if not isinstance(value, Tensor):
             raise UserError(f"The network keeps {name!r} in its state_dict, which is no tensor ({type(value).__name__}) and cannot be stored.")
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in held.items()}
-    return to_bytes(state, metadata={"format": "pt"})
+    return to_bytes(packed(state), metadata={"format": "pt"})
 
 
 def read_weights(model: nn.Module, content: bytes, source: str) -> None:
@@ -50,6 +52,7 @@ def read_weights(model: nn.Module, content: bytes, source: str) -> None:
     except Exception as error:  # safetensors raises its own type for every kind of damage
         raise UserError(f"{source} is not a complete safetensors file ({error}); copy or create it again.") from None
     own_state = model.state_dict()
+    state = unpacked(state, {name: value.shape for name, value in own_state.items()}, source)
     for kind, names in (("lacks", own_state.keys() - state.keys()), ("holds the unknown", state.keys() - own_state.keys())):
         if names:
             raise UserError(f"{source} {kind} tensor {min(names)!r} ({len(names)} such); it belongs to another network.")

@@ -90,9 +90,10 @@ def imp_conservation(settings: AtInitConfig, data: DataBundle, model: nn.Module,
 def schedule_conservation(
     settings: AtInitConfig, data: DataBundle, model: nn.Module, pruner: str, ratio: float, seed: int
 ) -> dict[str, Any]:
-    """For each schedule and number of iterations: the largest share of the flow that one iteration removes.
+    """For each schedule and number of iterations: the largest score that one iteration removes, over the flow.
 
-    The flow is the largest layer's sum of scores, which for conserved scores of a chain is every layer's.
+    The flow is the largest layer's sum of scores, which for conserved scores of a chain is every layer's. The removed score is summed over
+    all layers: where it is below the flow (a share below 1) no layer can have lost all its weights at once.
     """
     rows = []
     for schedule in SCHEDULES.values():

@@ -3,7 +3,7 @@
 * unit-conservation: what leaves a hidden unit against what enters it; conserved scores lie on the diagonal.
 * layer-conservation: a layer's average score against the inverse of its size; conserved scores lie on a line through the origin.
 * imp-conservation: the same with mean squared weights, before training and after the last epoch, and their course over the epochs.
-* schedule-conservation: the largest share of the flow that one iteration removes against the number of iterations.
+* schedule-conservation: the largest score that one iteration removes, over the flow, against the number of iterations.
 """
 
 from __future__ import annotations
@@ -81,5 +81,5 @@ def _schedules(rows: Rows, first: Rows, folder: Path) -> None:
                 label = f"{row['schedule']}, {row['compression_ratio']:g}x"
                 series.setdefault(label, []).append((row["iterations"], row["largest_share"]))
         if series:
-            title = f"Largest share of the flow removed at once, {pruner}"
-            plots.lines(folder / "figures" / f"schedules-{pruner}", series, title, "iterations", "largest share removed", log_x=True)
+            title = f"Largest score removed at once, {pruner} (below 1: no layer collapses)"
+            plots.lines(folder / "figures" / f"schedules-{pruner}", series, title, "iterations", "score removed / flow", log_x=True)

@@ -14,8 +14,8 @@ Rows = list[dict[str, Any]]
 QUANTITIES = {
     "accuracy": ("Test accuracy", "{:.4f}"),
     "test_seconds": ("Test time in seconds, masks running dense", "{:.3f}"),
-    "flops": ("FLOPs of the masked network for one image, 2 per product with a kept weight", "{:,.0f}"),
-    "mac_fraction": ("FLOPs of the masked network over those of the dense one", "{:.4f}"),
+    "flops": ("FLOPs of the masked network (one image)", "{:,.0f}"),
+    "mac_fraction": ("FLOPs of the masked over those of the dense network", "{:.4f}"),
 }
 
 

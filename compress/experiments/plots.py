@@ -58,7 +58,7 @@ def lines(
     if log_x:
         axes.set_xscale("log")
         values = sorted({x for points in series.values() for x, _ in points})
-        if len(values) <= 10:
+        if len(values) <= 10 and all(len(f"{value:g}") <= 5 for value in values):
             axes.set_xticks(values, [f"{value:g}" for value in values])
             axes.xaxis.set_minor_locator(NullLocator())
     if log_y:

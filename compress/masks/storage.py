@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,17 +17,9 @@ from torch import Tensor, nn
 
 from compress.errors import UserError
 from compress.masks.buffers import SUFFIX, Masks
+from compress.masks.packing import pack_mask, unpack_mask
 
 _FORMAT = "masked-1"
-
-
-def _pack(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-
-
-def _unpack(bits: Tensor, shape: list[int]) -> Tensor:
-    count = int(np.prod(shape))
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).reshape(shape)
 
 
 def save_masked(masks: Masks, path: Path | str) -> None:
@@ -42,7 +33,7 @@ def save_masked(masks: Masks, path: Path | str) -> None:
         if bool(mask.all()):
             tensors[name] = weight.contiguous().cpu()
         else:
-            tensors[f"{name}.mask"] = _pack(mask)
+            tensors[f"{name}.mask"] = pack_mask(mask)
             tensors[f"{name}.kept"] = weight[mask].cpu()
         seen |= {name, name + SUFFIX}
     # Tied parameters appear twice in a state dictionary; safetensors refuses shared memory, so each is written by itself.
@@ -74,7 +65,7 @@ def load_masked(model: nn.Module, path: Path | str) -> Masks:
         if name in tensors:
             found[name] = torch.ones(shape, dtype=torch.bool)
             continue
-        found[name] = _unpack(tensors.pop(f"{name}.mask"), shape)
+        found[name] = unpack_mask(tensors.pop(f"{name}.mask"), shape)
         values = tensors.pop(f"{name}.kept")
         new[name] = torch.zeros(shape, dtype=values.dtype)
         new[name][found[name]] = values

@@ -63,9 +63,15 @@ class MaskMethod:
         return shared, own
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
-        """A scope that matches nothing is found here; whether a layer would be emptied depends on the scores and is found in `apply`."""
+        """A scope that matches nothing, or vectors that no pattern of rows and columns fits, are found here; whether a layer would be emptied depends on the scores and is found in `apply`."""
         shared, _ = self._options(context.options)
-        select_parameters(context.model, shared.scope, context.exclude, shared.biases, shared.residual)
+        names = select_parameters(context.model, shared.scope, context.exclude, shared.biases, shared.residual)
+        vectors = [name for name in names if context.model.get_parameter(name).dim() < 2]
+        if vectors and shared.pattern != "unstructured":
+            raise UserError(
+                f"Mask pattern {shared.pattern!r} needs rows and columns, which {vectors[0]!r} has not; choose the scope conv or conv+linear without "
+                "biases and residual."
+            )
 
     def prepare(self, context: Context) -> None:
         """Nothing beforehand: scores are taken in each round."""
