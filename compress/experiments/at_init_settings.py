@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from compress.config import DataConfig, ModelConfig, TrainConfig
 from compress.errors import UserError
-from compress.experiments.settings import Experiment, boolean, common_arguments, load_settings
-from compress.registry import nearest
+from compress.experiments.settings import Experiment, boolean, common_arguments, load_settings, one_of
 from compress.saliency import SALIENCY
 
 EXPERIMENTS = ("singleshot", "multishot", "unit-conservation", "layer-conservation", "imp-conservation", "schedule-conservation")
@@ -70,11 +69,16 @@ class AtInitConfig(Experiment):
     @field_validator("pruners")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name not in SALIENCY:
-                raise ValueError(
-                    f"unknown weight criterion {name!r}{nearest(name, SALIENCY.names())}; known: {', '.join(SALIENCY.names())}"
-                )
+        return [one_of(name, SALIENCY.names(), "weight criterion") for name in value]
+
+    @field_validator("iterations", "pre_epochs")
+    @classmethod
+    def _by_criterion(cls, value: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        least = 1 if info.field_name == "iterations" else 0
+        for name, count in value.items():
+            one_of(name, SALIENCY.names(), "weight criterion")
+            if count < least:
+                raise ValueError(f"{name} has {count}, expected at least {least}")
         return value
 
 

@@ -28,14 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.config import FinetuneConfig
 from compress.data import DataBundle
 from compress.errors import UserError
 from compress.experiments import plots
 from compress.experiments.base import Log, RunFolder, accuracy, base_model, data_of, fresh_model, main_guard, say
-from compress.experiments.settings import Experiment, common_arguments, load_settings
+from compress.experiments.settings import Experiment, common_arguments, load_settings, one_of
 from compress.experiments.summary import paired, summarise
 from compress.experiments.training import steps_per_epoch, train_in_phases
 from compress.masks import Masks, load_masked, save_masked
@@ -65,6 +65,11 @@ class GradualConfig(Experiment):
         default_factory=lambda: FinetuneConfig(optimizer="adam", lr=1e-3, weight_decay=1e-4, schedule="constant"),
         description="training between and after prunes; epochs is not used",
     )
+
+    @field_validator("schedule")
+    @classmethod
+    def _schedule(cls, value: str) -> str:
+        return one_of(value, list(SCHEDULES), "pruning schedule")
 
     @model_validator(mode="after")
     def _measured(self) -> GradualConfig:

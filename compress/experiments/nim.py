@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from compress.config import TrainConfig
 from compress.data import DataBundle
 from compress.errors import UserError
 from compress.experiments import plots
 from compress.experiments.base import Log, RunFolder, accuracy, base_model, data_of, main_guard, say
-from compress.experiments.settings import Experiment, common_arguments, load_settings, validate
+from compress.experiments.settings import Experiment, common_arguments, load_settings, one_of, validate
 from compress.masks import Masks
 from compress.nim import METHODS, NimGame, players_of
 from compress.nim.players import ALIASES
@@ -67,6 +67,18 @@ class NimConfig(Experiment):
         default_factory=lambda: TrainConfig(epochs=500, lr=0.1, schedule="constant", nesterov=False),
         description="training of the unpruned network",
     )
+
+    @field_validator("order")
+    @classmethod
+    def _order(cls, value: str) -> str:
+        return one_of(value, list(ORDERS), "order of play")
+
+    @field_validator("stride")
+    @classmethod
+    def _stride(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"a stride of 1 or more is a number of weights, got {value:g}")
+        return value
 
 
 def steps_of(settings: NimConfig) -> int:

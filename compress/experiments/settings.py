@@ -38,6 +38,13 @@ class Experiment(Section):
         return value
 
 
+def one_of(value: str, known: Sequence[str], what: str) -> str:
+    """`value`, or `ValueError` (a fault of the configuration) with the nearest of the known names."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}{nearest(value, list(known))}; known: {', '.join(known)}")
+    return value
+
+
 Kind = TypeVar("Kind", bound=Section)
 
 

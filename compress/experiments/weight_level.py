@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors.torch import save_file
 
 from compress.config import FinetuneConfig, TrainConfig
@@ -63,6 +63,14 @@ class WeightLevelConfig(Experiment):
         default_factory=lambda: FinetuneConfig(epochs=40, lr=1e-3, weight_decay=1e-4, nesterov=False, schedule="constant"),
         description="training of the pruned network",
     )
+
+    @field_validator("sparsities")
+    @classmethod
+    def _fractions(cls, value: list[float]) -> list[float]:
+        for sparsity in value:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"a sparsity is the fraction removed, in [0, 1), got {sparsity:g}")
+        return value
 
 
 def cut(masks: Masks, sparsity: float, allow_empty: bool = False) -> str:

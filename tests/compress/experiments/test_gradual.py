@@ -79,6 +79,7 @@ def test_prunes_split_the_same_total(tmp_path):
         ('scope="bias"', "`scope`"),
         ('measure="last"', "unmeasured"),
         ("seeds=[1, 1]", "same value twice"),
+        ('schedule="cubik"', "did you mean 'cubic'"),
     ],
 )
 def test_bad_settings(tmp_path, capsys, setting, sentence):

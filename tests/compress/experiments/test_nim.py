@@ -77,6 +77,8 @@ def test_published_settings_give_the_published_list_length():
         (["--set", 'architectures=["VGG"]'], "Unknown architecture 'VGG'"),
         (["--prune_speed", "0.9"], "there is no step to play"),
         (["--target_sparsity", "95"], "`target_sparsity`"),
+        (["--set", 'order="rnd"'], "unknown order of play 'rnd'"),
+        (["--nim_stride_size", "1.5"], "is a number of weights, got 1.5"),
         (["--arch", "VGG16"], "takes images of at least 32 pixels a side, and the data has 8x8"),
     ],
 )

@@ -130,6 +130,7 @@ def test_published_configurations_are_valid():
         ("finetune", ["--resume", "/nowhere.safetensors"], "does not exist"),
         ("all", ["--set", 'arms=["scratch"]'], "Unknown arm 'scratch'"),
         ("all", ["--set", "iterative=true"], "takes arms"),
+        ("all", ["--set", "sparsities=[0.5,1.0]"], "a sparsity is the fraction removed, in [0, 1), got 1"),
         ("all", ["--set", "sparsities=[0.9999]", "--set", "train.epochs=1"], "would remove every weight"),
     ],
 )
