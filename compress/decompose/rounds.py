@@ -4,17 +4,20 @@ A round takes statistics, scores every target layer, and replaces those that get
 its core, and the new rotations are merged into its outer factors (their outer widths stay). Between rounds the caller fine-tunes.
 
 The defaults differ from the published one-shot run in `accept` (a layer must get smaller in MACs too) and in `ekfac`. Products of eigenvalues
-under-estimate the loss of a cut by a factor that differs between layers, and one threshold over all layers then cuts some of them to pieces.
-Accuracy at 1.5 times fewer MACs, CIFAR-10, 2,048 calibration images, BatchNorm recalibrated, no fine-tuning, 3,000 test images:
+misjudge a layer by a factor of its own, and one threshold over all layers then cuts some of them to pieces. Measured on ResNet-20 (CIFAR-10),
+one layer at a time without its 30 % least important rows: the output's Kullback-Leibler divergence is 4 to 87 times what the products
+predict (rank correlation over the layers 0.68), 1 to 14 times what EKFAC predicts (0.91).
+Accuracy at 1.5 times fewer MACs, 2,048 calibration images, BatchNorm recalibrated, no fine-tuning, 3,000 test images:
                                                         ResNet-20   ResNet-56
     products of eigenvalues (published)                   28.5 %      43.7 %
-    the same, `normalize`                                 62.3 %
+    the same, `normalize`                                 62.3 %      39.0 %
     EKFAC second moments (default)                        54.1 %      62.1 %
     EKFAC, `normalize`                                    66.2 %      59.1 %
     EKFAC, the same fraction of every layer               67.4 %
     Tucker-2 at the ranks of the default                  80.2 %
 What is left is the method's own: it keeps coordinates of the eigenbasis, not the best subspaces, and its threshold asks what a row is worth,
-not what it saves.
+not what it saves. The order within a layer holds: with 80 % of rows and columns in every layer the most important ones leave 80.8 %, random
+ones 22.6 %, the least important ones 14.9 %.
 """
 
 from __future__ import annotations
