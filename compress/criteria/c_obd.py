@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, Options, slices
+from compress.criteria.base import Criterion, Normalize, Options, normalize, slices
 from compress.criteria.second_order import SecondOrder, layer_of
 from compress.curvature import squared_gradients
 
@@ -25,6 +25,7 @@ class CObdOptions(Options):
     side: Literal["producer", "consumer", "both"] = Field(
         "producer", description="score what the channel costs where it is made, where it is read, or both"
     )
+    normalize: Normalize = Field("none", description="divide each group's scores by this; none: as published, losses compare over groups")
 
 
 @CRITERIA.register("c_obd")
@@ -46,4 +47,4 @@ class CObd(Criterion):
             weight = model.get_submodule(layer).weight.detach()
             losses[layer] = fisher.pop(layer).reshape(weight.shape) * weight.double().square() / 2
         for _, members in picked:
-            yield sum(slices(losses[name(m)], m.dim, m.indices).sum(1).cpu() for m in members)
+            yield normalize(sum(slices(losses[name(m)], m.dim, m.indices).sum(1).cpu() for m in members), options.normalize)

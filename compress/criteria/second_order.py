@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from compress.criteria.base import Criterion, Options
+from compress.criteria.base import Criterion, Normalize, Options, normalize
 from compress.curvature import LayerFactors, collect
 from compress.curvature.obs import DAMPING, compensate_columns, compensate_rows
 
@@ -38,6 +38,7 @@ class SecondOrderOptions(Options):
         "producer", description="score what the channel costs where it is made, where it is read, or both"
     )
     positions: int | None = Field(None, ge=1, description="use so many random positions per image for the factors; null: all")
+    normalize: Normalize = Field("none", description="divide each group's scores by this; none: as published, losses compare over groups")
     damping: float = Field(DAMPING, ge=0, description="added to the factors' diagonals before inversion, as a fraction of their mean")
 
 
@@ -155,10 +156,11 @@ class SecondOrder(Criterion):
         views = {layer: view(model.get_submodule(layer), factors.pop(layer)) for layer in wanted}
         rows, columns = cls.row_formula(options), cls.column_formula(options)
         for _, members in picked:
-            yield sum(
+            losses = sum(
                 (views[name(m)].rows(m.indices, rows) if m.role == "out" else views[name(m)].columns(m.indices, columns)).cpu()
                 for m in members
             )
+            yield normalize(losses, options.normalize)
 
     @classmethod
     def compensate(

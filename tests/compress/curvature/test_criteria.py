@@ -156,6 +156,13 @@ def test_c_obs_follows_its_formula(net, data):
     torch.testing.assert_close(score("c_obs", net, data, fisher="exact", damping=1e-3)["a.weight"], expected)
 
 
+@pytest.mark.parametrize("name", ["c_obd", "c_obs", "kron_obd", "kron_obs", "obd", "obs"])
+def test_normalised_scores_are_the_losses_over_their_own_mean(net, data, name):
+    losses, shares = score(name, net, data), score(name, net, data, normalize="mean")
+    for group, values in losses.items():
+        torch.testing.assert_close(shares[group], values / values.mean())
+
+
 @pytest.mark.parametrize("name", ["obd", "obs"])
 def test_table_rows_are_the_kron_criteria_with_the_datas_labels(net, data, name):
     ours = score(name, net, data)
