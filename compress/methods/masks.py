@@ -63,7 +63,8 @@ class MaskMethod:
         return shared, own
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
-        """A scope that matches nothing, or vectors that no pattern of rows and columns fits, are found here; whether a layer would be emptied depends on the scores and is found in `apply`."""
+        """Scopes that match nothing and patterns that do not fit are found here; whether a layer would be emptied depends on the scores and is
+        found in `apply`."""
         shared, _ = self._options(context.options)
         names = select_parameters(context.model, shared.scope, context.exclude, shared.biases, shared.residual)
         vectors = [name for name in names if context.model.get_parameter(name).dim() < 2]

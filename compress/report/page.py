@@ -1,8 +1,8 @@
 """The report: one self-contained HTML page and the figures as PNG files, both made from what results.json holds.
 
 `results["meta"]["details"]` maps an entry's name (`<method>-<budget><ratio>-s<seed>`, or `dense`) to any of: `widths` and `ranks`
-{layer: [before, after]} (a rank may be a list of several), `mask` (see `compress.report.masks`), `history` (a list of epochs: epoch, lr, train_loss, train_accuracy,
-val_loss, val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}.
+{layer: [before, after]} (a rank may be a list of several), `mask` (see `compress.report.masks`), `history` (a list of epochs: epoch, lr,
+train_loss, train_accuracy, val_loss, val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}.
 Of the other keys of `meta`, `config` is the resolved configuration and `data` {split: images}; they and all the rest are listed as the
 environment.
 """

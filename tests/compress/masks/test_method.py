@@ -72,3 +72,15 @@ def test_enforced_is_nothing_without_masks():
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert model.weight[0, 1] == 0 and (model.weight != 0).sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scope": "conv", "residual": True}, "no scales on its skip paths"),
+        ({"pattern": "vector-16", "biases": True}, "needs rows and columns, which '.*bias' has not"),
+    ],
+)
+def test_scopes_are_checked_before_anything_is_pruned(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        compress(network(), X, BATCHES, method="mask_magnitude", budget={"weights": 0.5}, options=options)
