@@ -6,6 +6,7 @@ any other training loop can by `compress.masks.enforced`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -66,13 +67,7 @@ class MaskMethod:
         """Scopes that match nothing and patterns that do not fit are found here; whether a layer would be emptied depends on the scores and is
         found in `apply`."""
         shared, _ = self._options(context.options)
-        names = select_parameters(context.model, shared.scope, context.exclude, shared.biases, shared.residual)
-        vectors = [name for name in names if context.model.get_parameter(name).dim() < 2]
-        if vectors and shared.pattern != "unstructured":
-            raise UserError(
-                f"Mask pattern {shared.pattern!r} needs rows and columns, which {vectors[0]!r} has not; choose the scope conv or conv+linear without "
-                "biases and residual."
-            )
+        _check_scope(context.model, shared, context.exclude)
 
     def prepare(self, context: Context) -> None:
         """Nothing beforehand: scores are taken in each round."""
@@ -80,6 +75,7 @@ class MaskMethod:
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """Attach masks to `model` and prune it, in place."""
         shared, own = self._options(context.options)
+        _check_scope(model, shared, context.exclude)
         masks = Masks.attach(model, shared.scope, context.exclude, shared.biases, shared.residual)
         first = arguments(context.example)[0]
         if self.criterion == "synflow" and isinstance(first, Tensor):
@@ -111,6 +107,17 @@ class MaskMethod:
             "layer_density": masks.layer_density(),
         }
         return Plan([step], {"mask": facts})
+
+
+def _check_scope(model: nn.Module, shared: MaskOptions, exclude: Sequence[str]) -> None:
+    """Raise `UserError` where the scope matches nothing, or holds vectors that a pattern of rows and columns does not fit."""
+    names = select_parameters(model, shared.scope, exclude, shared.biases, shared.residual)
+    vectors = [name for name in names if model.get_parameter(name).dim() < 2]
+    if vectors and shared.pattern != "unstructured":
+        raise UserError(
+            f"Mask pattern {shared.pattern!r} needs rows and columns, which {vectors[0]!r} has not; choose the scope conv or conv+linear without "
+            "biases and residual."
+        )
 
 
 for _criterion in SALIENCY.names():
