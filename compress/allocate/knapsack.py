@@ -6,7 +6,10 @@ Solved as a 0/1 program by HiGHS (scipy.optimize.milp).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +55,9 @@ def knapsack(menus: Sequence[Sequence[Option]], limits: Sequence[float]) -> list
     matrix = vstack([one_each, csr_array(costs / scale)], format="csr")
     lower = np.concatenate([np.ones(len(menus)), np.full(len(limits), -np.inf)])
     upper = np.concatenate([np.ones(len(menus)), np.asarray(limits, dtype=float) / scale[:, 0]])
-    found = milp(loss / max(loss.max(), 1e-300), constraints=LinearConstraint(matrix, lower, upper), integrality=np.ones(len(options)),
-                 bounds=Bounds(0, 1), options={"mip_rel_gap": GAP, "time_limit": SECONDS})
+    with _silenced():
+        found = milp(loss / max(loss.max(), 1e-300), constraints=LinearConstraint(matrix, lower, upper), integrality=np.ones(len(options)),
+                     bounds=Bounds(0, 1), options={"mip_rel_gap": GAP, "time_limit": SECONDS})
     if found.x is None:
         raise UserError("No choice of ranks meets all budgets together.") if found.status == 2 else RunError(f"The rank allocation failed: {found.message}.")
     chosen, start = [], 0
@@ -61,3 +65,22 @@ def knapsack(menus: Sequence[Sequence[Option]], limits: Sequence[float]) -> list
         chosen.append(int(np.argmax(found.x[start:start + len(menu)])))
         start += len(menu)
     return chosen
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Standard output goes nowhere inside: HiGHS writes lines for its own developers there from C, whatever it is told."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:  # a process without standard output
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)

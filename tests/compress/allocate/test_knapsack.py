@@ -1,5 +1,6 @@
 """Oracle: enumeration of all choices."""
 
+import os
 from itertools import product
 
 import pytest
@@ -34,3 +35,20 @@ def test_a_large_budget_keeps_every_layer_and_a_tight_one_takes_the_cheapest():
     options = [[Option(0.0, (100.0,))] + [Option(1 + float(torch.rand((), generator=generator)), (c,)) for c in (10.0, 20.0)] for _ in range(30)]
     assert knapsack(options, [3000.0]) == [0] * 30
     assert knapsack(options, [300.0]) == [1] * 30
+
+
+def test_what_the_solver_prints_is_dropped_and_the_output_comes_back(monkeypatch, capfd):
+    from compress.allocate import knapsack as module
+
+    plain = module.milp
+
+    def noisy(*arguments, **options):
+        os.write(1, b"solver\n")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(module, "milp", noisy)
+    assert knapsack([[Option(1.0, (1.0,)), Option(0.0, (3.0,))]], [3.0]) == [1]
+    with pytest.raises(UserError):
+        knapsack([[Option(1.0, (9.0,))]], [3.0])
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "after\n"
