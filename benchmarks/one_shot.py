@@ -4,7 +4,7 @@
 
 FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. With --rivals
 Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter. Results are kept row by row, so that
-an interrupted benchmark continues.
+an interrupted benchmark continues; a table is written beside them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compress.config import DataConfig
 from compress.cost import count
 from compress.data import load_data
 from compress.errors import CompressError
-from compress.files import write_json
+from compress.files import write_json, write_text
 from compress.graph import trace
 from compress.methods import Context, method, names
 from compress.train import evaluate, recalibrate
@@ -155,6 +155,22 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                              "speedup_macs": base.macs / cost.macs, "params_removed": 1 - cost.params / base.params, "seconds": round(seconds, 1)}
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: test accuracy in percent, a line per method, a column per network and speed-up; "-" where a method cannot reach it."""
+    base = {row["network"]: row["accuracy"] for row in rows if row["method"] == "dense"}
+    columns = [(network, speedup) for network in NETWORKS if network in base for speedup in SPEEDUPS]
+    cells: dict[str, dict[tuple[str, float], str]] = {}
+    for row in rows:
+        if row["method"] != "dense":
+            cells.setdefault(row["method"], {})[row["network"], row["target"]] = f"{100 * row['accuracy']:.2f}" if "accuracy" in row else "-"
+    order = sorted(cells, key=lambda name: -max((float(value) for value in cells[name].values() if value != "-"), default=0.0))
+    head = [f"{network} ({100 * base[network]:.2f}) {speedup:g}x" for network, speedup in columns]
+    lines = ["Test accuracy (%) after compression alone, BatchNorm recalibrated; beside each network its own accuracy. `tp_*`: Torch-Pruning.", "",
+             "| method | " + " | ".join(head) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| `{name}` | " + " | ".join(cells[name].get(column, "") for column in columns) + " |" for name in order]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run what is missing in the results file and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -177,6 +193,7 @@ def main() -> None:
         stored["rows"].append(row)
         stored |= {"machine": machine, "torch": torch.__version__, "calibration_images": IMAGES}
         write_json(arguments.out, stored)
+        write_text(arguments.out.with_suffix(".md"), table(stored["rows"]))
         print(" ".join(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
 
 
