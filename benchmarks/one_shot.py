@@ -2,7 +2,8 @@
 
     python -m benchmarks.one_shot --data CIFAR_ROOT --weights FOLDER [--networks resnet56] [--methods l1 kfac_tucker] [--rivals] [--out FILE]
 
-FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. With --rivals
+FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. Channel methods are
+run with both allocations, one threshold over all layers and the same fraction of each. With --rivals
 Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter. Results are kept row by row, so that
 an interrupted benchmark continues; a table is written beside them.
 """
@@ -15,6 +16,8 @@ import json
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +56,17 @@ class Ours:
         self.context = Context(model, trace(model, example), example, batches, F.cross_entropy, torch.Generator().manual_seed(0))
         self.state = self.method.prepare(self.context)
 
-    def at(self, target: float) -> nn.Module:
-        """The network compressed to at most 1/target of its MACs, recalibrated.
+    def at(self, target: float, allocation: str) -> nn.Module:
+        """The network compressed to at most 1/target of its MACs, recalibrated; `allocation` is how channels are shared over the layers.
 
         A budget of channels is met to within 1 %; where the result lies above it, a little more is asked for, since the rival stops only below.
         """
         total = count(self.model, self.context.example).macs
         ratio = 1 - 1 / target
+        context = replace(self.context, allocation=allocation)
         for _ in range(40):
             result = copy.deepcopy(self.model)
-            self.method.apply(result, self.context, self.state, {"macs": ratio})
+            self.method.apply(result, context, self.state, {"macs": ratio})
             missing = count(result, self.context.example).macs / total - 1 / target
             if missing <= 0:
                 break
@@ -132,8 +136,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         base = count(model, example)
         for name in ["dense", *arguments.methods, *(RIVALS if arguments.rivals else ())]:
             mine = None
-            for speedup in SPEEDUPS if name != "dense" else (1.0,):
-                row = {"network": network, "method": name, "target": speedup}
+            both = name not in ("dense", *RIVALS) and method(name).by_channels
+            for speedup, allocation in product(SPEEDUPS if name != "dense" else (1.0,), ("global", "uniform") if both else ("global",)):
+                row = {"network": network, "method": name if allocation == "global" else f"{name}, {allocation}", "target": speedup}
                 if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
                     continue
                 torch.manual_seed(0)
@@ -143,7 +148,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         small = rival(model, name, speedup, batches, example)
                     elif name != "dense":
                         mine = mine or Ours(model, name, batches, example)
-                        small = mine.at(speedup)
+                        small = mine.at(speedup, allocation)
                     else:
                         small = model
                 except CompressError as error:
