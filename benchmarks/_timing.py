@@ -137,7 +137,7 @@ def plot(path: Path, title: str, curves: dict[str, list[tuple[float, float]]], b
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for name, points in curves.items():
@@ -148,6 +148,11 @@ def plot(path: Path, title: str, curves: dict[str, list[tuple[float, float]]], b
         sparsities = sorted({p[0] for points in curves.values() for p in points})
         axes.plot(sparsities, [bound(s) for s in sparsities], linestyle="--", color="grey", label="byte bound")
     axes.set(title=title, xlabel="sparsity", ylabel="dense time / sparse time", yscale="log")
+    # A log axis labels powers of ten only, and most ratios lie between two of them.
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(True, axis="y", linewidth=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
