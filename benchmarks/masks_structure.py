@@ -120,6 +120,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def iterated(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """The rows of iterative SynFlow by seed."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for r in rows:
+        if r["iterations"] > 1:
+            found.setdefault(r["seed"], []).append(r)
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown, seeds averaged."""
     lines = [f"# Structure of {results['model']} pruned at initialisation", "", __doc__.split("\n\n", 1)[1].strip(), ""]
@@ -140,6 +149,11 @@ def table(results: dict[str, Any]) -> str:
     lines += ["| criterion | exponents |", "|---|---|"]
     for criterion in dict.fromkeys(c["criterion"] for c in results["critical"]):
         lines.append(f"| {criterion} | {', '.join(str(c['exponent']) for c in results['critical'] if c['criterion'] == criterion)} |")
+    for seed, rows in iterated(results["rows"]).items():
+        good = max((r["exponent"] for r in rows if not r["empty_layers"]), default=0.0)
+        bad = min((r["exponent"] for r in rows if r["empty_layers"]), default=None)
+        lines += ["", f"SynFlow with 100 iterations, seed {seed}: no empty layer down to 10^-{good:g}"
+                  + (f", empty ones at 10^-{bad:g}." if bad is not None else ".")]
     seconds = [r["seconds"] for r in results["rows"] if "seconds" in r]
     if seconds:
         lines += [
@@ -158,7 +172,7 @@ def main() -> None:
     parser.add_argument("--iterative-seeds", type=int, default=1, help="seeds for SynFlow with 100 iterations")
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.5, 1.0, 2.0, 3.0])
     parser.add_argument(
-        "--extreme", type=float, nargs="*", default=[4.0, 5.0, 6.0], help="further exponents for SynFlow with 100 iterations"
+        "--extreme", type=float, nargs="*", default=[4.0, 5.0, 5.5, 5.75, 6.0], help="further exponents for SynFlow with 100 iterations"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for masks_structure.json and .md")
     args = parser.parse_args()
