@@ -4,8 +4,9 @@
 
 FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. Channel methods are
 run with both allocations, one threshold over all layers and the same fraction of each. With --rivals
-Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter. Results are kept row by row, so that
-an interrupted benchmark continues; a table is written beside them.
+Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter, in small steps and in one. Its Hessian
+criterion is run as released, which keeps the squares of the last image's gradient only. Results are kept row by row, so that an interrupted
+benchmark continues; a table is written beside them.
 """
 
 from __future__ import annotations
@@ -90,38 +91,62 @@ def selecting(shortcut: PadShortcut) -> nn.Conv2d:
     return conv
 
 
-def rival(model: nn.Module, name: str, target: float, batches: list[Any], example: torch.Tensor) -> nn.Module:
-    """The network pruned by Torch-Pruning's criterion, globally and step by step until the target is passed, recalibrated."""
-    import torch_pruning as tp
+class Rival:
+    """One of Torch-Pruning's criteria (global ranking) on one network; its gradients are measured once, on the network before any cut."""
 
-    importance = {
-        "tp_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1), "tp_l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-        "tp_taylor": tp.importance.GroupTaylorImportance, "tp_hessian": tp.importance.GroupHessianImportance,
-    }[name]()
-    result = copy.deepcopy(model).eval()
-    for place, module in list(result.named_modules()):
-        if isinstance(module, PadShortcut):
-            result.set_submodule(place, selecting(module))
-    total = count(model, example).macs
-    heads = [module for module in result.modules() if isinstance(module, nn.Linear)]
-    pruner = tp.pruner.BasePruner(result, example, importance=importance, global_pruning=True, pruning_ratio=0.9, iterative_steps=STEPS, ignored_layers=heads)
-    if name == "tp_taylor":
-        for x, y in batches[: 1024 // BATCH]:
-            F.cross_entropy(result(x), y).backward()
-    if name == "tp_hessian":
-        for x, y in batches[: 256 // BATCH]:
-            losses = F.cross_entropy(result(x), y, reduction="none")
-            for loss in losses:
-                result.zero_grad()
-                loss.backward(retain_graph=True)
-                importance.accumulate_grad(result)
-    for _ in range(STEPS):
-        # Gradients are of the network before any cut, and are sliced along with the weights.
-        pruner.step()
-        if total / count(result, example).macs >= target:
-            break
-    recalibrate(result, batches)
-    return result
+    def __init__(self, model: nn.Module, name: str, batches: list[Any], example: torch.Tensor) -> None:
+        import torch_pruning as tp
+
+        self.importance = {
+            "tp_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1), "tp_l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+            "tp_taylor": tp.importance.GroupTaylorImportance, "tp_hessian": tp.importance.GroupHessianImportance,
+        }[name]
+        self.model, self.batches, self.example = copy.deepcopy(model).eval(), batches, example
+        for place, module in list(self.model.named_modules()):
+            if isinstance(module, PadShortcut):
+                self.model.set_submodule(place, selecting(module))
+        self.total = count(self.model, example).macs
+        if name == "tp_taylor":
+            for x, y in batches[: 1024 // BATCH]:
+                F.cross_entropy(self.model(x), y).backward()
+        if name == "tp_hessian":
+            importance = self.importance()
+            for x, y in (pair for batch in batches[: 256 // BATCH] for pair in zip(*batch, strict=True)):
+                self.model.zero_grad()
+                F.cross_entropy(self.model(x[None]), y[None]).backward()
+                importance.accumulate_grad(self.model)
+            for parameter, squares in importance._accu_grad.items():  # as the criterion does when it is first asked
+                parameter.grad = squares / importance._counter[parameter]
+
+    def _pruner(self, ratio: float, steps: int) -> tuple[nn.Module, Any]:
+        import torch_pruning as tp
+
+        result = copy.deepcopy(self.model)
+        for new, old in zip(result.parameters(), self.model.parameters(), strict=True):
+            new.grad = None if old.grad is None else old.grad.clone()
+        heads = [module for module in result.modules() if isinstance(module, nn.Linear)]
+        return result, tp.pruner.BasePruner(result, self.example, importance=self.importance(), global_pruning=True, pruning_ratio=ratio,
+                                            iterative_steps=steps, ignored_layers=heads)
+
+    def at(self, target: float, way: str) -> nn.Module:
+        """The network at no more than 1/target of its MACs, recalibrated: "steps" ranks anew after every small cut, "one step" cuts once."""
+        if way == "steps":
+            result, pruner = self._pruner(0.9, STEPS)
+            for _ in range(STEPS):
+                pruner.step()  # gradients are sliced along with the weights
+                if self.total / count(result, self.example).macs >= target:
+                    break
+        else:
+            low, high = 0.0, 0.95
+            for _ in range(12):
+                middle = (low + high) / 2
+                found, pruner = self._pruner(middle, 1)
+                pruner.step()
+                enough = self.total / count(found, self.example).macs >= target
+                low, high = (low, middle) if enough else (middle, high)
+                result = found if enough or high == 0.95 else result
+        recalibrate(result, self.batches)
+        return result
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -135,20 +160,18 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = model.to(arguments.device).eval()
         base = count(model, example)
         for name in ["dense", *arguments.methods, *(RIVALS if arguments.rivals else ())]:
-            mine = None
-            both = name not in ("dense", *RIVALS) and method(name).by_channels
-            for speedup, allocation in product(SPEEDUPS if name != "dense" else (1.0,), ("global", "uniform") if both else ("global",)):
-                row = {"network": network, "method": name if allocation == "global" else f"{name}, {allocation}", "target": speedup}
+            mine: Ours | Rival | None = None
+            ways = ("steps", "one step") if name in RIVALS else ("global", "uniform") if name != "dense" and method(name).by_channels else ("global",)
+            for speedup, way in product(SPEEDUPS if name != "dense" else (1.0,), ways):
+                row = {"network": network, "method": name if way == ways[0] else f"{name}, {way}", "target": speedup}
                 if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
                     continue
                 torch.manual_seed(0)
                 started = time.perf_counter()
                 try:
-                    if name in RIVALS:
-                        small = rival(model, name, speedup, batches, example)
-                    elif name != "dense":
-                        mine = mine or Ours(model, name, batches, example)
-                        small = mine.at(speedup, allocation)
+                    if name != "dense":
+                        mine = mine or (Rival if name in RIVALS else Ours)(model, name, batches, example)
+                        small = mine.at(speedup, way)
                     else:
                         small = model
                 except CompressError as error:
