@@ -18,8 +18,15 @@ from ..operator import interpreted
 STAGES = 3
 ALIGN = 16
 WIDTHS = (16, 32, 64, 128)
+
+
+def warps_for(height: int, width: int) -> int:
+    """Warps per program: eight for large tiles, and for 128 x 16, where ptxas spills four registers on sm_80 with four warps."""
+    return 8 if height * width >= 128 * 64 or (height, width) == (128, 16) else 4
+
+
 CONFIGS = tuple(
-    {"height": height, "step": 64, "width": width, "splits": splits, "warps": 8 if height * width >= 128 * 64 else 4}
+    {"height": height, "step": 64, "width": width, "splits": splits, "warps": warps_for(height, width)}
     for height in (64, 128)
     for width in WIDTHS
     for splits in (1, 4)
@@ -124,7 +131,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     width = options[0] or width_for(batch, height, values.element_size())
     tiles = -(-batch // width)
     splits = options[1] or splits_for(blocks, tiles, total // max(1, blocks))
-    warps = options[2] or (8 if height * width >= 128 * 64 else 4)
+    warps = options[2] or warps_for(height, width)
     partial = x.new_empty(splits * blocks * height * tiles * width if splits > 1 else 1, dtype=torch.float32)
     counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
     precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
