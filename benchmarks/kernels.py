@@ -57,13 +57,17 @@ def mask(rows: int, columns: int, sparsity: float, pattern: str, generator: torc
     return keep.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
-def ours(layer: nn.Module, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
-    """Calls of a packed form of `layer`."""
+def packed_copies(layer: nn.Module, format: str, **options) -> list[nn.Module]:
+    """A packed form of `layer`, as often as the cold-cache rule needs."""
     kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
     packed = kind.from_dense(layer, format=format, **options)
     size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
-    modules = rotate(lambda: copy.deepcopy(packed), size, x.device)
-    return [lambda module=module: module(x) for module in modules]
+    return rotate(lambda: copy.deepcopy(packed), size, layer.weight.device)
+
+
+def ours(layer: nn.Module, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
+    """Calls of a packed form of `layer`."""
+    return [lambda module=module: module(x) for module in packed_copies(layer, format, **options)]
 
 
 def dense(layer: nn.Module, x: Tensor) -> list[Callable[[], Tensor]]:
@@ -98,9 +102,7 @@ class Matrix:
         """Calls of a packed form."""
         key = (format, *sorted(options.items()))
         if key not in self._packed:
-            packed = SparseLinear.from_dense(self.layer, format=format, **options)
-            size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
-            self._packed[key] = rotate(lambda: copy.deepcopy(packed), size, x.device)
+            self._packed[key] = packed_copies(self.layer, format, **options)
         return [lambda module=module: module(x) for module in self._packed[key]]
 
     def measure(self, batch: int, peers: bool) -> dict[str, dict]:
