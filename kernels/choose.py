@@ -26,6 +26,8 @@ from .vector_block.reference import kept_columns
 
 FEWEST_ZEROS = 0.05
 HOPELESS = 3.0
+SLOW = 0.05  # seconds; noise is a small part of a call that takes longer, and a few of them tell
+SCREENED = 16  # a slow layer's candidates are first tried on so small a part of the batch
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 MOST_SHAPES = 3
 
@@ -217,35 +219,51 @@ def _measure(layer: nn.Module, offered: dict[str, candidates.Candidate], shape: 
     x = torch.randn(shape, device=weight.device, dtype=torch.float32, generator=generator).to(weight.dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    expected = layer(x)
+    expected, dense = _timed(lambda: layer(x))
+    slow = not weight.is_cuda and dense > SLOW
+    if not slow:
+        dense = min(dense, _timed(lambda: layer(x))[1])
     built = {"dense": layer}
-    limit = HOPELESS * _once(layer, x)
     for label, candidate in offered.items():
         try:
             module = candidate.build()
-            distance = (module(x) - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
+            if slow and len(x) >= 2 * SCREENED and _hopeless(module, layer, x[: len(x) // SCREENED]):
+                continue
+            y, taken = _timed(lambda: module(x))
+            distance = float((y - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+            if not (slow or weight.is_cuda):
+                taken = min(taken, *(_timed(lambda: module(x))[1] for _ in range(2)))
         except (RuntimeError, ValueError, TypeError, NotImplementedError):
             continue
-        if float(distance) <= TOLERANCE[weight.dtype] and (weight.is_cuda or _once(module, x) < limit):
+        if distance <= TOLERANCE[weight.dtype] and (weight.is_cuda or taken < HOPELESS * dense):
             built[label] = module
     if weight.is_cuda:
         return _time_cuda(built, x)
-    halves = [_time_cpu(built, x, seconds / 2) for _ in range(2)]
+    rounds = _rounds(dense, seconds)
+    halves = [_time_cpu(built, x, seconds / 2, rounds) for _ in range(2)]
     return {label: (min if label == "dense" else max)(half[label] for half in halves) for label in built}
 
 
-def _once(module: nn.Module, x: Tensor) -> float:
-    """Seconds of the faster of two calls."""
-    taken = []
-    for _ in range(2):
-        start = time.perf_counter()
-        module(x)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _timed(call: Callable[[], object]) -> tuple[object, float]:
+    """What a call returns, and its seconds."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
-def _time_cpu(built: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
-    taken = timing.on_cpu([lambda module=module: module(x) for module in built.values()], seconds)
+def _hopeless(module: nn.Module, layer: nn.Module, x: Tensor) -> bool:
+    """Whether the module is far slower than the layer on a part of the batch."""
+    times = [min(_timed(lambda network=network: network(x))[1] for _ in range(2)) for network in (module, layer)]
+    return times[0] > HOPELESS * times[1]
+
+
+def _rounds(call: float, seconds: float) -> int:
+    """Rounds of a measurement of calls that take `call` seconds: fewer of slow ones where the usual number would take far more than `seconds`."""
+    return timing.MIN_ROUNDS if call <= max(SLOW, seconds) else 2
+
+
+def _time_cpu(built: dict[str, nn.Module], x: Tensor, seconds: float, rounds: int) -> dict[str, float]:
+    taken = timing.on_cpu([lambda module=module: module(x) for module in built.values()], seconds, rounds, warm=True)
     return {label: t.median for label, t in zip(built, taken)}
 
 
@@ -272,8 +290,9 @@ def _faster(model: nn.Module, sparse: nn.Module, inputs: tuple, report: Report, 
 
     cuda = any(p.is_cuda for p in model.parameters())
     with _evaluating(model), _evaluating(sparse), torch.no_grad():
+        rounds = _rounds(max(_timed(lambda network=network: run(network))[1] for network in (model, sparse)), max(seconds, 0.5))
         for _ in range(2):
-            before, after = timing.on_cpu([lambda: run(model), lambda: run(sparse)], max(seconds, 0.5))
+            before, after = timing.on_cpu([lambda: run(model), lambda: run(sparse)], max(seconds, 0.5), rounds, warm=True)
             report.before_us, report.after_us = before.median, after.median
             if after.median > before.median:
                 return False

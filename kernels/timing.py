@@ -33,13 +33,13 @@ def summarise(seconds: Sequence[float]) -> Timing:
     return Timing(*at, len(ordered))
 
 
-def on_cpu(calls: Sequence[Callable[[], object]], seconds: float) -> list[Timing]:
-    """Interleaved single calls for about `seconds` in all, at least MIN_ROUNDS rounds after one that is not counted."""
-    for call in calls:
+def on_cpu(calls: Sequence[Callable[[], object]], seconds: float, rounds: int = MIN_ROUNDS, warm: bool = False) -> list[Timing]:
+    """Interleaved single calls for about `seconds` in all, at least `rounds` of each, after one that is not counted unless they are `warm`."""
+    for call in () if warm else calls:
         call()
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[0]) < MIN_ROUNDS:
+    while time.perf_counter() < end or len(samples[0]) < rounds:
         for call, taken in zip(calls, samples):
             start = time.perf_counter()
             call()

@@ -14,7 +14,7 @@ from .subprocesses import ROOT
 
 
 def fixed(monkeypatch, medians: list[float]) -> None:
-    monkeypatch.setattr(timing, "on_cpu", lambda calls, seconds: [timing.Timing(m, 0.9 * m, 1.1 * m, 5) for m in medians[: len(calls)]])
+    monkeypatch.setattr(timing, "on_cpu", lambda calls, *rest, **more: [timing.Timing(m, 0.9 * m, 1.1 * m, 5) for m in medians[: len(calls)]])
 
 
 def test_wrong_and_failing_forms_show_no_speed(monkeypatch):

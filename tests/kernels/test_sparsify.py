@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def with_times(monkeypatch, ratio: float, network_ratio: float = 2.0) -> None:
     """Every sparse form takes 1 / ratio of dense, the sparse network 1 / network_ratio."""
     monkeypatch.setattr(choose, "_measure", lambda layer, offered,
                         *rest: {"dense": 100.0, **{label: 100.0 / ratio + i for i, label in enumerate(offered)}})
-    monkeypatch.setattr(timing, "on_cpu", lambda calls, seconds: [timing.Timing(100.0, 90, 110, 5), timing.Timing(100.0 / network_ratio, 90,
+    monkeypatch.setattr(timing, "on_cpu", lambda calls, *rest, **more: [timing.Timing(100.0, 90, 110, 5), timing.Timing(100.0 / network_ratio, 90,
                                                                                                                   110, 5)])
 
 
@@ -103,6 +104,29 @@ def test_wrong_results_are_never_chosen(monkeypatch):
     assert set(times) == {"dense", "right"}
 
 
+def test_slow_layers_cost_few_calls(monkeypatch):
+    """A layer whose call takes longer than SLOW: candidates are tried on a part of the batch first, and few rounds of all of it are run."""
+    calls = []
+
+    class Timed(nn.Module):
+        def __init__(self, name, factor):
+            super().__init__()
+            self.name, self.factor, self.weight = name, factor, torch.zeros(2, 2)
+
+        def forward(self, x):
+            calls.append((self.name, len(x)))
+            time.sleep(self.factor * len(x) / 32 * 0.06)
+            return x
+
+    from kernels.candidates import Candidate
+
+    offered = {name: Candidate(name, lambda name=name, factor=factor: Timed(name, factor)) for name, factor in (("near", 0.8), ("far", 20.0))}
+    times = choose._measure(Timed("dense", 1.0), offered, (32, 2), False, 0.01)
+    assert set(times) == {"dense", "near"} and times["near"] < times["dense"]
+    assert calls.count(("far", 2)) == 2 and calls.count(("far", 32)) == 0
+    assert calls.count(("near", 32)) == calls.count(("dense", 32)) == 1 + 2 * 2
+
+
 def test_layers_that_must_stay(monkeypatch):
     with_times(monkeypatch, ratio=2.0)
     model = network()
@@ -159,4 +183,6 @@ def test_interleaved_timing_counts_every_call():
     calls = []
     times = timing.on_cpu([lambda: calls.append(0), lambda: calls.append(1)], 0.0)
     assert calls == [0, 1] * (timing.MIN_ROUNDS + 1) and [t.runs for t in times] == [timing.MIN_ROUNDS] * 2
+    timing.on_cpu([lambda: calls.append(2)], 0.0, rounds=2, warm=True)
+    assert calls[-3:] == [1, 2, 2]
     assert timing.summarise([3e-6, 1e-6, 2e-6]) == timing.Timing(pytest.approx(2.0), pytest.approx(1.0), pytest.approx(3.0), 3)
