@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import SparseConv2d, SparseLinear, choose, sparsify, timing
+from kernels import SparseConv2d, SparseLinear, measure, sparsify, timing
 from kernels.table import Table, default_path
 
 from .masks import masked
@@ -34,8 +34,8 @@ def network() -> nn.Sequential:
 
 def with_times(monkeypatch, ratio: float, network_ratio: float = 2.0) -> None:
     """Every sparse form takes 1 / ratio of dense, the sparse network 1 / network_ratio."""
-    monkeypatch.setattr(choose, "_measure", lambda layer, offered,
-                        *rest: {"dense": 100.0, **{label: 100.0 / ratio + i for i, label in enumerate(offered)}})
+    monkeypatch.setattr(measure, "layer_times", lambda layer, offered, *rest: measure.Measured(
+        {"dense": 100.0, **{label: 100.0 / ratio + i for i, label in enumerate(offered)}}))
     monkeypatch.setattr(timing, "on_cpu", lambda calls, *rest, **more: [timing.Timing(100.0, 90, 110, 5), timing.Timing(100.0 / network_ratio, 90,
                                                                                                                   110, 5)])
 
@@ -75,7 +75,7 @@ def test_measurements_are_kept_and_reused(monkeypatch, cache):
     assert len(rows) == 2 and all("dense" in row and "csr torch" in row for row in rows.values())
     assert any("conv (32, 32, 3, 3)" in key and "(2, 32, 8, 8)" in key and "density 0.1" in key and torch.__version__ in key
                for key in rows)
-    monkeypatch.setattr(choose, "_measure", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "layer_times", lambda *args: pytest.fail("measured again"))
     _, second = sparsify(model, x)
     assert [(c.layer, c.dense_us) for c in second.choices if c.layer in "35"] == [(c.layer, c.dense_us) for c in first.choices
                                                                                   if c.layer in "35"]
@@ -100,8 +100,9 @@ def test_wrong_results_are_never_chosen(monkeypatch):
     from kernels.candidates import Candidate
 
     layer.requires_grad_(False)
-    times = choose._measure(layer, {"wrong": Candidate("wrong", Wrong), "right": Candidate("right", lambda: layer)}, (2, 2048), False, 0.01)
-    assert set(times) == {"dense", "right"}
+    offered = {"wrong": Candidate("wrong", Wrong), "right": Candidate("right", lambda: layer)}
+    found = measure.layer_times(layer, offered, (2, 2048), False, 0.01)
+    assert set(found.times) == {"dense", "right"} and found.faults == {"wrong": "it differs from the dense layer by 1.0e-02"}
 
 
 def test_slow_layers_cost_few_calls(monkeypatch):
@@ -121,7 +122,7 @@ def test_slow_layers_cost_few_calls(monkeypatch):
     from kernels.candidates import Candidate
 
     offered = {name: Candidate(name, lambda name=name, factor=factor: Timed(name, factor)) for name, factor in (("near", 0.8), ("far", 20.0))}
-    times = choose._measure(Timed("dense", 1.0), offered, (32, 2), False, 0.01)
+    times = measure.layer_times(Timed("dense", 1.0), offered, (32, 2), False, 0.01).times
     assert set(times) == {"dense", "near"} and times["near"] < times["dense"]
     assert calls.count(("far", 2)) == 2 and calls.count(("far", 32)) == 0
     assert calls.count(("near", 32)) == calls.count(("dense", 32)) == 1 + 2 * 2
