@@ -15,7 +15,7 @@ from compress import arguments
 from compress.cost import Cost, count
 from compress.errors import UserError
 from compress.graph import CoverageRow, trace
-from compress.methods import Context, carry_out, method as find_method
+from compress.methods import Context, carry_out, check_allocation, method as find_method, needs_data
 from compress.plan import Plan
 from compress.steps.factorize import BLOCKS
 from compress.train import recalibrate as recalibrate_batchnorm
@@ -172,8 +172,10 @@ def compress(
         raise UserError(f"budget={budget!r}: the ratio is the fraction removed, in [0, 1).")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = _batches(calibration, device) if calibration is not None else []
-    if chosen.needs_data and not batches:
-        raise UserError(f"Method {method!r} needs calibration data: pass calibration=[(x, y), ...] from the training set.")
+    check_allocation(method, allocation)
+    if needs_data(method, allocation) and not batches:
+        what = f"Method {method!r}" if chosen.needs_data else "Allocation 'measured'"
+        raise UserError(f"{what} needs calibration data: pass calibration=[(x, y), ...] from the training set.")
     try:
         result = copy.deepcopy(model)
     except Exception as error:

@@ -112,7 +112,8 @@ class PruneConfig(Section):
     method_options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of single methods, by method name")
     budget: Literal["params", "macs", "latency", "weights"] = Field("macs", description="quantity that the ratio is taken of")
     ratios: list[float] = Field([0.5], min_length=1, description="fractions REMOVED of the budgeted quantity, each in [0, 1)")
-    allocation: Literal["uniform", "global"] = Field("global", description="how channel methods share the budget: the same fraction in every group, or one threshold")
+    allocation: Literal["uniform", "global", "measured"] = Field(
+        "global", description="how the budget is shared: the same fraction of every group, one threshold, or (channels) by the loss measured group by group")
     max_layer_ratio: float = Field(0.95, gt=0, lt=1, description="largest fraction of a group's channels that may be removed")
     round_to: int = Field(1, ge=1, description="kept widths are rounded down to multiples of this where the width allows; the budget is then met from below")
     exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are, the channels that they read included")

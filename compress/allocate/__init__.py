@@ -22,7 +22,8 @@ __all__ = ["ALLOCATIONS", "Problem", "allocate", "check_ratio", "largest"]
 
 
 def allocate(graph: Any, scores: dict[str, Tensor], budget: dict[str, float], kind: str = "global", max_layer_ratio: float = 0.95,
-             round_to: int = 1, min_channels: int = 1, original: int | None = None) -> dict[str, Tensor]:
+             round_to: int = 1, min_channels: int = 1, original: int | None = None,
+             losses: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The channels to remove from each group so that the budget is met: `{group name: int64 [removed], ascending}`.
 
     Within a group the lowest scores go first, equal ones in the order of their index. Groups that lose nothing are left out.
@@ -32,12 +33,13 @@ def allocate(graph: Any, scores: dict[str, Tensor], budget: dict[str, float], ki
     graph: the channel graph; `graph.count(keep)` gives exact parameters and MACs of a cut network.
     scores: `{group name: [size]}`, low = remove first. A prunable group that is not listed keeps all its channels.
     budget: `{"params": ratio}` or `{"macs": ratio}`; ratio is the fraction REMOVED of the whole network's quantity, in [0, 1).
-    kind: a registered allocation, "global" or "uniform".
+    kind: a registered allocation, "global", "uniform" or "measured".
     max_layer_ratio: largest fraction of a group's channels that may be removed, in (0, 1].
     round_to: groups that lose channels keep a multiple of this many; the budget is then met from below (at least `ratio` is
         removed). Groups too narrow for such a width keep all their channels.
     min_channels: each group keeps at least so many channels.
     original: the quantity that the ratio is taken of (parameters or MACs per image); the traced network's where it is None.
+    losses: for "measured", the loss that each further channel of a group adds, `{group name: [size]}` (`compress.allocate.curves.measure`).
 
     Returns with a removed fraction within 0.01 of the ratio wherever single channels (or blocks of `round_to`) are fine enough.
 
@@ -46,7 +48,7 @@ def allocate(graph: Any, scores: dict[str, Tensor], budget: dict[str, float], ki
     UserError: malformed budget or scores, no prunable group, a ratio that cannot be reached (naming the largest that can).
     """
     quantity, ratio = parse_budget(budget)
-    problem = build_problem(graph, scores, quantity, ratio, max_layer_ratio, round_to, min_channels, original)
+    problem = build_problem(graph, scores, quantity, ratio, max_layer_ratio, round_to, min_channels, original, losses)
     if ratio == 0:
         return {}
     choose = ALLOCATIONS[kind]

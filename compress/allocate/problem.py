@@ -37,7 +37,10 @@ class Group:
 
 @dataclass
 class Problem:
-    """A budget to be shared over `groups`; `removed` is exact and remembers what it has computed."""
+    """A budget to be shared over `groups`; `removed` is exact and remembers what it has computed.
+
+    `losses`: of each group the measured loss that each further channel adds, [size], in the order of removal; empty where none was measured.
+    """
 
     graph: Any
     groups: list[Group]
@@ -46,6 +49,7 @@ class Problem:
     original: int
     lower: float
     limits: str
+    losses: dict[str, Tensor] = field(default_factory=dict)
     _known: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def removed(self, kept: dict[str, int]) -> float:
@@ -138,7 +142,7 @@ def parse_budget(budget: dict[str, float]) -> tuple[str, float]:
 
 
 def build_problem(graph: Any, scores: dict[str, Tensor], quantity: str, ratio: float, max_layer_ratio: float, round_to: int,
-                  min_channels: int, original: int | None) -> Problem:
+                  min_channels: int, original: int | None, losses: dict[str, Tensor] | None = None) -> Problem:
     """The problem over the groups that have scores, after checking everything that is given."""
     if not 0 < max_layer_ratio <= 1:
         raise UserError(f"max_layer_ratio is the largest fraction removed from a group, in (0, 1], and is {max_layer_ratio!r}.")
@@ -152,7 +156,7 @@ def build_problem(graph: Any, scores: dict[str, Tensor], quantity: str, ratio: f
     groups = [_group(group, scores[name], max_layer_ratio, round_to, min_channels) for name, group in candidates.items() if name in scores]
     total = original if original is not None else _quantity(graph.count({}), quantity)
     limits = f"max_layer_ratio {max_layer_ratio:g}, round_to {round_to} and min_channels {min_channels} over {len(groups)} channel groups"
-    return Problem(graph, groups, quantity, ratio, total, ratio if round_to > 1 else ratio - TOLERANCE, limits)
+    return Problem(graph, groups, quantity, ratio, total, ratio if round_to > 1 else ratio - TOLERANCE, limits, losses or {})
 
 
 def _group(group: Any, scores: Tensor, max_layer_ratio: float, round_to: int, min_channels: int) -> Group:

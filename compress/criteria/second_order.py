@@ -170,14 +170,16 @@ class SecondOrder(Criterion):
         removals: Mapping[Any, Any],
         batches: Iterable[Any],
         generator: torch.Generator | None = None,
+        known: dict[str, LayerFactors] | None = None,
         **options: Any,
     ) -> None:
         """Updates the weights that stay, in place, for the channels that `graph.prune(model, removals)` will remove next.
 
-        Does nothing for criteria without compensation (`compensates`). See `compensate`.
+        Does nothing for criteria without compensation (`compensates`). `known`: factors by layer of a network with these very weights; those
+        that are missing are measured and added. See `compensate`.
         """
         if cls.compensates:
-            compensate(graph, model, removals, batches, generator, cls.parse(options))
+            compensate(graph, model, removals, batches, generator, cls.parse(options), {} if known is None else known)
 
 
 def statistics(
@@ -190,25 +192,26 @@ def statistics(
 
 
 def compensate(
-    graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any
+    graph: Any, model: nn.Module, removals: Mapping[Any, Any], batches: Iterable[Any], generator: torch.Generator | None, options: Any,
+    known: dict[str, LayerFactors],
 ) -> None:
     """Joint OBS update of the layers that lose columns (through A) or rows (through G), as `options.compensation` says, in place.
 
     All channels of one layer are compensated together: kept columns take over what the removed ones carried (least squares on the
     layer's real inputs; the bias takes part), kept rows what the removed ones did to the loss. Removed entries are left as they are:
-    surgery cuts them. `removals` as for `losing`.
+    surgery cuts them. `removals` as for `losing`; `known` as for `SecondOrder.compensate`.
     """
     removed: dict[str, dict[str, Tensor]] = {}
     for layer, member, channels in losing(graph, model, removals, options.compensation):
         roles = removed.setdefault(layer, {})
         earlier = roles.get(member.role, torch.zeros(0, dtype=torch.long))
         roles[member.role] = torch.cat([earlier, member.indices[channels].flatten()]).unique()
-    if not removed:
-        return
-    factors = statistics(model, batches, removed, generator, options)
+    missing = [layer for layer in removed if layer not in known]
+    if missing:
+        known |= statistics(model, batches, missing, generator, options)
     for layer, roles in removed.items():
         module = model.get_submodule(layer)
-        current = view(module, factors.pop(layer))
+        current = view(module, known[layer])
         _update(module, current, roles, options.damping)
 
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from compress.allocate import ALLOCATIONS
 from compress.config import Section
 from compress.criteria import CRITERIA
 from compress.errors import RunError, UserError
@@ -60,6 +61,7 @@ class Method(Protocol):
     """One compression method."""
 
     budgets: tuple[str, ...]
+    allocations: tuple[str, ...]
     needs_data: bool
     by_channels: bool  # whether the channel graph decides what may go, so that its coverage belongs in the report
 
@@ -105,6 +107,18 @@ def carry_out(name: str, model: nn.Module, context: Context, state: Any, budget:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RunError(f"Method {name!r} left a network that cannot be run ({reason}); exclude the layers whose parts the module around them reads.") from error
     return plan
+
+
+def check_allocation(name: str, allocation: str) -> None:
+    """Raise `UserError` for an unknown allocation, or one by which the method does not share its budget."""
+    known = method(name).allocations
+    if ALLOCATIONS[allocation] and allocation not in known:
+        raise UserError(f"Method {name!r} shares its budget by one of {', '.join(known)}, and the allocation is {allocation!r}.")
+
+
+def needs_data(name: str, allocation: str) -> bool:
+    """Whether the method needs calibration data, for its statistics or to share its budget."""
+    return method(name).needs_data or allocation == "measured"
 
 
 def names() -> list[str]:

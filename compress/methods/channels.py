@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.allocate import allocate, check_ratio
+from compress.allocate.curves import measure
 from compress.criteria import CRITERIA
+from compress.criteria.second_order import SecondOrder
 from compress.errors import RunError
 from compress.graph import ChannelGraph
 from compress.methods import Context
@@ -19,10 +21,17 @@ QUANTITIES = ("params", "macs")
 ATTEMPTS = 4  # each pins at least one group
 
 
+class Scores(dict[str, Tensor]):
+    """Group name to float64 tensor [channels]; low is removed first. `losses` keeps what the allocation "measured" has measured for them."""
+
+    losses: dict[str, Tensor] | None = None
+
+
 class ChannelMethod:
     """Prunes channel groups by the criterion `name`."""
 
     budgets = QUANTITIES
+    allocations = ("global", "uniform", "measured")
     by_channels = True
 
     def __init__(self, name: str) -> None:
@@ -35,10 +44,33 @@ class ChannelMethod:
         """Raise `UserError` for options that the criterion does not have."""
         self.criterion.parse(options)
 
-    def prepare(self, context: Context) -> dict[str, Tensor]:
-        """Scores: group name to float64 tensor [channels]; low is removed first."""
-        return self.criterion.score(
-            context.graph, context.model, context.batches, context.loss_fn, context.generator, **context.options)
+    def prepare(self, context: Context) -> Scores:
+        """The scores of every group."""
+        return Scores(self.criterion.score(
+            context.graph, context.model, context.batches, context.loss_fn, context.generator, **context.options))
+
+    def losses(self, context: Context, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss that each further channel adds, by group, measured on `context.model` once for these scores."""
+        if isinstance(state, Scores) and state.losses is not None:
+            return state.losses
+        graph, known = context.graph, {}
+
+        def cut(removed: dict[str, Tensor]) -> nn.Module:
+            trial = copy.deepcopy(context.model)
+            self._compensate(context, trial, removed, known)
+            graph.prune(trial, removed, verify=False)
+            return trial
+
+        found = measure(graph, context.model, state, context.batches, cut)
+        if isinstance(state, Scores):
+            state.losses = found
+        return found
+
+    def _compensate(self, context: Context, trial: nn.Module, removed: dict[str, Tensor], known: dict[str, Any] | None = None) -> None:
+        """The criterion's update of the weights that stay; factors in `known` are used again by criteria that have them."""
+        if self.compensates:
+            kept = {"known": known} if issubclass(self.criterion, SecondOrder) else {}
+            self.criterion.compensate(context.graph, trial, removed, context.batches, context.generator.clone_state(), **kept, **context.options)
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where the caps leave `budget` out of reach."""
@@ -53,13 +85,13 @@ class ChannelMethod:
         """
         graph = context.graph
         original = context.original[QUANTITIES.index(next(iter(budget)))] if context.original else None
+        losses = self.losses(context, state) if context.allocation == "measured" else None
         for attempt in range(ATTEMPTS):
             free = {group.name for group in graph.groups if group.prunable}
             removed = allocate(graph, {name: score for name, score in state.items() if name in free}, budget, kind=context.allocation,
-                               max_layer_ratio=context.max_layer_ratio, round_to=context.round_to, original=original)
+                               max_layer_ratio=context.max_layer_ratio, round_to=context.round_to, original=original, losses=losses)
             trial = copy.deepcopy(model) if self.compensates else model
-            if self.compensates:
-                self.criterion.compensate(graph, trial, removed, context.batches, context.generator.clone_state(), **context.options)
+            self._compensate(context, trial, removed)
             try:
                 step = graph.step(removed)
                 graph.prune(trial, removed, verify=context.verify)

@@ -24,6 +24,7 @@ class EigenDamageMethod:
     """EigenDamage (Wang et al. 2019); with `depthwise` the kept core is split into a depthwise convolution."""
 
     budgets = QUANTITIES
+    allocations = ("global", "uniform")
     by_channels = False
     needs_data = True
     Options: type[EigenDamageOptions] = EigenDamageOptions

@@ -67,6 +67,7 @@ class RankMethod:
     """Factorizes layers by the decomposition `name`, with ranks chosen under the budget."""
 
     budgets = QUANTITIES
+    allocations = ("global", "uniform")
     by_channels = False
 
     def __init__(self, name: str) -> None:

@@ -41,6 +41,7 @@ class MaskMethod:
     """Masks by one weight criterion."""
 
     budgets = ("weights",)
+    allocations = ("global", "uniform")
     by_channels = False
 
     def __init__(self, criterion: str) -> None:

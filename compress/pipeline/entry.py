@@ -164,8 +164,7 @@ def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torc
 
 
 def _context(job: Job, entry: _Entry, model: nn.Module, example: torch.Tensor, graph: Any = None) -> methods.Context:
-    chosen = methods.method(entry.method)
-    batches = calibration(job.config, job.data, entry.seed) if chosen.needs_data else []
+    batches = calibration(job.config, job.data, entry.seed) if methods.needs_data(entry.method, job.config.prune.allocation) else []
     graph = graph or trace(model, example, exclude=tuple(job.config.prune.exclude))
     return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count())
 

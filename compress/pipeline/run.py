@@ -114,8 +114,8 @@ def dry_run(config: Config, log: Log | None = None) -> list[dict[str, Any]]:
 
 def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     prepared = check(config)
-    needs_data = any(methods.method(name).needs_data for name in config.prune.methods)
-    data = load_data(config.data, seed=config.seed, device=torch.device("cpu")) if needs_data else None
+    needed = any(methods.needs_data(name, config.prune.allocation) for name in config.prune.methods)
+    data = load_data(config.data, seed=config.seed, device=torch.device("cpu")) if needed else None
     source = config.model.weights or "initial weights: widths of the trained network will differ"
     log(f"dry run of {config.name} ({source})")
     rows = []

@@ -119,7 +119,7 @@ def test_uniform_takes_the_same_fraction_everywhere(graph, ratio):
 def test_rounded_widths_meet_the_budget_from_below(graph, ratio, kind, multiple):
     ratio = min(ratio, largest(graph, "macs", round_to=multiple))
     removed = allocate(graph, random_scores(graph), {"macs": ratio}, kind, round_to=multiple)
-    assert removed_fraction(graph, removed, "macs") >= ratio
+    assert removed_fraction(graph, removed, "macs") >= ratio - 1e-12  # two ways of rounding one fraction
     for group in graph.groups:
         left = group.size - len(removed.get(group.name, []))
         assert left == group.size or (left % multiple == 0 and left >= multiple)
