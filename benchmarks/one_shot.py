@@ -3,7 +3,7 @@
     python -m benchmarks.one_shot --data CIFAR_ROOT --weights FOLDER [--networks resnet56] [--methods l1 kfac_tucker] [--rivals] [--out FILE]
 
 FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images without augmentation. Channel methods are
-run with both allocations, one threshold over all layers and the same fraction of each. With --rivals
+run with all allocations: one threshold over all layers, the same fraction of each, and by measured losses. With --rivals
 Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter, in small steps and in one. Its Hessian
 criterion is run as released, which keeps the squares of the last image's gradient only. Results are kept row by row, so that an interrupted
 benchmark continues; a table is written beside them.
@@ -161,7 +161,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         base = count(model, example)
         for name in ["dense", *arguments.methods, *(RIVALS if arguments.rivals else ())]:
             mine: Ours | Rival | None = None
-            ways = ("steps", "one step") if name in RIVALS else ("global", "uniform") if name != "dense" and method(name).by_channels else ("global",)
+            ways = ("steps", "one step") if name in RIVALS else method(name).allocations if name != "dense" and method(name).by_channels else ("global",)
             for speedup, way in product(SPEEDUPS if name != "dense" else (1.0,), ways):
                 row = {"network": network, "method": name if way == ways[0] else f"{name}, {way}", "target": speedup}
                 if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
