@@ -51,7 +51,8 @@ def decode(values: Tensor, index, rows: int, columns: int, options, y: Tensor | 
     """The dense weight [rows, columns]; `options` is (words per step, warps), 0 meaning the default."""
     bitmap, row_ptr = index
     y = values.new_empty(rows, columns) if y is None else y
-    compact_decode_kernel[(rows,)](values, bitmap, row_ptr, y, columns, bitmap.shape[1], WORDS=options[0] or 32, num_warps=options[1] or 4)
+    with torch.cuda.device_of(values):
+        compact_decode_kernel[(rows,)](values, bitmap, row_ptr, y, columns, bitmap.shape[1], WORDS=options[0] or 32, num_warps=options[1] or 4)
     return y
 
 

@@ -58,9 +58,9 @@ def _step(column, origin, word, second, e: tl.constexpr, CODING: tl.constexpr):
 
 @triton.jit
 def run16_kernel(x, values, start, gaps, perm, slice_ptr, y, scale, bias, residual, partial, counter, rows, columns, batch,
-                 NP: tl.constexpr, KIND: tl.constexpr, CODING: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr,
+                 chunks, NP: tl.constexpr, KIND: tl.constexpr, CODING: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr, SPLITS: tl.constexpr,
                  HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Grid (slices, SPLITS, chunks of NP columns of x).
+    """Grid (slices * chunks of NP columns of x, SPLITS); chunks are the fast dimension, so that they share a slice's weights in the cache.
 
     x: [chunks, columns] if NP is 1, else [chunks, columns, words] int64 (NP numbers per column); values, gaps: int64 words;
     y, residual: [batch, rows]; partial: [SPLITS, chunks, NP, 32 slices] float32; counter: [slices, chunks] int32, zero.
@@ -71,9 +71,9 @@ def run16_kernel(x, values, start, gaps, perm, slice_ptr, y, scale, bias, residu
     WORDS: tl.constexpr = (NP + BIG - 1) // BIG
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
-    slice_id = tl.program_id(0)
+    slice_id = tl.program_id(0) // chunks
+    chunk = tl.program_id(0) % chunks
     split = tl.program_id(1)
-    chunk = tl.program_id(2)
     first = tl.load(slice_ptr + slice_id)
     last = tl.load(slice_ptr + slice_id + 1)
     share = (last - first + SPLITS - 1) // SPLITS
@@ -118,20 +118,20 @@ def run16_kernel(x, values, start, gaps, perm, slice_ptr, y, scale, bias, residu
     here = tl.arange(0, 32)
     place = slice_id * 32 + here
     row = tl.load(perm + place)
-    lanes_all = tl.num_programs(0) * 32
+    lanes_all = tl.num_programs(0) // chunks * 32
     done = True
     if SPLITS > 1:
         for n in tl.static_range(NP):
             total = tl.sum(tl.reshape(acc[n], (WARPS, 32)), axis=0)
-            spot = ((split * tl.num_programs(2) + chunk) * NP + n).to(tl.int64) * lanes_all + place
+            spot = ((split * chunks + chunk) * NP + n).to(tl.int64) * lanes_all + place
             tl.store(partial + spot, total)
-        done = device.arrive(counter + slice_id * tl.num_programs(2) + chunk, SPLITS)
+        done = device.arrive(counter + slice_id * chunks + chunk, SPLITS)
     if done:
         for n in tl.static_range(NP):
             if SPLITS > 1:
                 total = tl.zeros([32], tl.float32)
                 for s in tl.static_range(SPLITS):
-                    spot = ((s * tl.num_programs(2) + chunk) * NP + n).to(tl.int64) * lanes_all + place
+                    spot = ((s * chunks + chunk) * NP + n).to(tl.int64) * lanes_all + place
                     total += tl.load(partial + spot, cache_modifier=".cg")
             else:
                 total = tl.sum(tl.reshape(acc[n], (WARPS, 32)), axis=0)
@@ -156,6 +156,20 @@ def splits_for(slices: int, chunks: int, warps: int, longest: int) -> int:
     return splits
 
 
+def _words(x: Tensor, np_: int, chunks: int) -> Tensor:
+    """x [N, columns] as the kernel reads it, in one copy, or two where zeros are added."""
+    if np_ == 1:
+        return x.contiguous() if x.dtype == torch.float32 else x.contiguous().view(torch.int16)
+    width = max(np_, 8 // x.element_size())
+    missing = width * chunks - x.shape[0]
+    if chunks == 1:
+        packed = torch.nn.functional.pad(x.t(), (0, missing)) if missing else x.t().contiguous()
+    else:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+        packed = padded.reshape(chunks, width, x.shape[1]).transpose(1, 2).contiguous()
+    return packed.view(torch.int64)
+
+
 def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
            y: Tensor | None = None) -> Tensor:
     """y [N, rows] for x [N, columns]; `options` is (coding, warps, splits), 0 meaning the default. `y` may be given to be filled."""
@@ -166,24 +180,16 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     slices = slice_ptr.numel() - 1
     warps = options[1] or 4
     splits = options[2] or splits_for(slices, chunks, warps, start.shape[0] // max(1, slices))
-    kind = KINDS[values.dtype]
-    if np_ == 1:
-        source = x.contiguous()
-        source = source if kind == 2 else source.view(torch.int16)
-    else:
-        word = max(np_, 64 // (8 * x.element_size()))
-        padded = x.new_zeros(chunks * np_, columns)
-        padded[:batch] = x
-        source = x.new_zeros(chunks, columns, word)
-        source[..., :np_] = padded.view(chunks, np_, columns).transpose(1, 2)
-        source = source.view(torch.int64)
+    source = _words(x, np_, chunks)
     y = x.new_empty(batch, rows) if y is None else y
     partial = x.new_empty(splits * chunks * np_ * slices * LANES if splits > 1 else 1, dtype=torch.float32)
-    counter = torch.zeros(slices * chunks if splits > 1 else 1, dtype=torch.int32, device=x.device)
-    run16_kernel[(slices, splits, chunks)](
-        source, values.view(torch.int64), start, gaps, perm, slice_ptr, y,
-        y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, partial, counter,
-        rows, columns, batch, NP=np_, KIND=kind, CODING=gaps.shape[1] - 1, WIDE=start.dtype == torch.int32, WARPS=warps, SPLITS=splits,
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
-    )
+    counter = x.new_zeros(slices * chunks, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    with torch.cuda.device_of(x):
+        run16_kernel[(slices * chunks, splits)](
+            source, values.view(torch.int64), start, gaps, perm, slice_ptr, y,
+            y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, partial, counter,
+            rows, columns, batch, chunks, NP=np_, KIND=KINDS[values.dtype], CODING=gaps.shape[1] - 1, WIDE=start.dtype == torch.int32,
+            WARPS=warps, SPLITS=splits, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            ACTIVATION=activation, num_warps=warps,
+        )
     return y

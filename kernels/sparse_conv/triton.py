@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import convolution, device
+from .. import convolution, device, precision
 from ..operator import interpreted
 
 STAGES = 3
@@ -28,19 +28,19 @@ CONFIGS = tuple(
 
 
 @triton.jit
-def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, pixels, groups, height, width,
-                       out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, V: tl.constexpr,
+def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, pixels, blocks, groups, height,
+                       width, out_height, out_width, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, V: tl.constexpr,
                        STEP: tl.constexpr, BP: tl.constexpr, G: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                        PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
                        HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Grid (blocks, tiles of BP pixels, SPLITS).
+    """Grid (tiles of BP pixels * blocks, SPLITS); blocks are the fast dimension, so that they share a tile's pixels in the cache.
 
     x: [N, height, width, groups * G]; y, residual: [pixels, rows], pixels = N * out_height * out_width; partial:
-    [SPLITS, tiles * BP, blocks * V] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
+    [SPLITS, tiles * BP, blocks * V] float32; counter: [tiles, blocks] int32, zero. WIDEN computes in float32 (interpreter).
     """
-    block = tl.load(order + tl.program_id(0))
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
+    block = tl.load(order + tl.program_id(0) % blocks)
+    tile = tl.program_id(0) // blocks
+    split = tl.program_id(1)
     first = tl.load(step_ptr + block)
     last = tl.load(step_ptr + block + 1)
     share = (last - first + SPLITS - 1) // SPLITS
@@ -82,12 +82,12 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
     here = tl.arange(0, BP)
     done = True
     if SPLITS > 1:
-        across = tl.num_programs(0) * V
-        size = tl.num_programs(1).to(tl.int64) * BP * across
+        across = blocks * V
+        size = (tl.num_programs(0) // blocks).to(tl.int64) * BP * across
         partial += tile.to(tl.int64) * BP * across + block * V
         spot = here[:, None] * across + v[None, :]
         tl.store(partial + split * size + spot, acc)
-        done = device.arrive(counter + block * tl.num_programs(1) + tile, SPLITS)
+        done = device.arrive(counter + tile * blocks + block, SPLITS)
     if done:
         if SPLITS > 1:
             acc = tl.zeros([BP, V], tl.float32)
@@ -129,12 +129,14 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
     warps = warps or (8 if height * tile >= 128 * 64 else 4)
     partial = x.new_empty(splits * blocks * height * tiles * tile if splits > 1 else 1, dtype=torch.float32)
-    counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
-    precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-    sparse_conv_kernel[(blocks, tiles, splits)](
-        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
-        rows, pixels, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
-        V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=precision, WIDEN=interpreted(),
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
-    )
+    counter = x.new_zeros(blocks * tiles, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
+    with torch.cuda.device_of(x):
+        sparse_conv_kernel[(blocks * tiles, splits)](
+            source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
+            rows, pixels, blocks, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
+            V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+            num_warps=warps,
+        )
     return y.permute(0, 3, 1, 2)

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import device
+from .. import device, precision
 from ..operator import interpreted
 
 STAGES = 3
 ALIGN = 16
 WIDTHS = (16, 32, 64, 128)
+GROUP = tl.constexpr(8)
 
 
 def warps_for(height: int, width: int) -> int:
@@ -35,19 +36,30 @@ CONFIGS = tuple(
 
 
 @triton.jit
-def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, x_stride, y_row,
-                        y_column, V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+def _place(blocks, tiles):
+    """(rank of the block, tile) of a program."""
+    number = tl.program_id(0)
+    first = number // (GROUP * blocks) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    within = number % (GROUP * blocks)
+    return within // size, first + within % size
+
+
+@triton.jit
+def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, tiles, x_stride,
+                        V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                         PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
                         HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Grid (blocks, tiles of BN columns, SPLITS).
+    """Grid (blocks * tiles of BN columns, SPLITS), in groups of up to GROUP tiles: neighbours share a block's panels in the cache, and what a
+    group reads of x stays there for all blocks.
 
-    x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: element (row, column of x) at
-    row * y_row + column * y_column;
-    partial: [SPLITS, blocks * V, tiles * BN] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
+    x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: [batch, rows]; partial:
+    [SPLITS, blocks * V, tiles * BN] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
     """
-    block = tl.load(order + tl.program_id(0))
-    tile = tl.program_id(1)
-    split = tl.program_id(2)
+    blocks = tl.num_programs(0) // tiles
+    rank, tile = _place(blocks, tiles)
+    block = tl.load(order + rank)
+    split = tl.program_id(1)
     first = tl.load(step_ptr + block)
     last = tl.load(step_ptr + block + 1)
     share = (last - first + SPLITS - 1) // SPLITS
@@ -73,23 +85,24 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
         acc = tl.dot(tl.trans(w), gathered, acc, input_precision=PRECISION)
 
     # Read again, so that it need not stay in a register during the loop.
-    block = tl.load(order + tl.program_id(0), volatile=True)
+    rank, tile = _place(blocks, tiles)
+    block = tl.load(order + rank, volatile=True)
     row = block * V + v
     done = True
     if SPLITS > 1:
-        across = tl.num_programs(1) * BN
-        size = tl.num_programs(0).to(tl.int64) * V * across
+        across = tiles * BN
+        size = blocks.to(tl.int64) * V * across
         partial += block.to(tl.int64) * V * across + tile * BN
         spot = v[:, None] * across + tl.arange(0, BN)[None, :]
         tl.store(partial + split * size + spot, acc)
-        done = device.arrive(counter + block * tl.num_programs(1) + tile, SPLITS)
+        done = device.arrive(counter + block * tiles + tile, SPLITS)
     if done:
         if SPLITS > 1:
             acc = tl.zeros([V, BN], tl.float32)
             for s in tl.static_range(SPLITS):
                 acc += tl.load(partial + s * size + spot, cache_modifier=".cg")
-        corner = block.to(tl.int64) * V * y_row + tile.to(tl.int64) * BN * y_column
-        target = v[:, None] * y_row + tl.arange(0, BN)[None, :] * y_column
+        corner = block * V + tile.to(tl.int64) * BN * rows
+        target = v[:, None] + tl.arange(0, BN)[None, :] * rows
         mask = (row < rows)[:, None] & (column < batch)[None, :]
         z = device.finish(acc, row[:, None], target, mask, scale, bias, residual + corner, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
         tl.store(y + corner + target, z.to(y.dtype.element_ty), mask=mask)
@@ -113,33 +126,32 @@ def splits_for(blocks: int, tiles: int, steps: int) -> int:
 
 
 def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
-           y: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """y [N, rows] for x [N, columns]; `options` is (width, splits, warps), 0 meaning the default.
+           y: Tensor | None = None) -> Tensor:
+    """y [N, rows] for x [N, columns]; `options` is (width, splits, warps), 0 meaning the default. `y` may be given to be filled.
 
-    `transposed`: x is [columns, N] and y (and residual) [rows, N], as a 1x1 convolution of one NCHW image needs it; otherwise x is
-    copied to that order first, which is small beside the weight. `y` may be given to be filled.
+    x is transposed first, which is small beside the weight.
     """
     kept, step_ptr, order, _ = index
     total, step, height = values.shape
-    source = x if transposed else x.t()
-    batch = source.shape[1]
+    batch = x.shape[0]
     stride = -(-batch // ALIGN) * ALIGN
-    source = source.contiguous() if stride == batch else torch.nn.functional.pad(source, (0, stride - batch))
-    y = x.new_empty((rows, batch) if transposed else (batch, rows)) if y is None else y
-    row_stride, column_stride = (batch, 1) if transposed else (1, rows)
+    source = x.t().contiguous() if stride == batch else torch.nn.functional.pad(x.t(), (0, stride - batch))
+    y = x.new_empty(batch, rows) if y is None else y
     blocks = order.numel()
     width = options[0] or width_for(batch, height, values.element_size())
     tiles = -(-batch // width)
     splits = options[1] or splits_for(blocks, tiles, total // max(1, blocks))
     warps = options[2] or warps_for(height, width)
     partial = x.new_empty(splits * blocks * height * tiles * width if splits > 1 else 1, dtype=torch.float32)
-    counter = torch.zeros(blocks * tiles if splits > 1 else 1, dtype=torch.int32, device=x.device)
-    precision = "tf32" if values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    counter = x.new_zeros(blocks * tiles, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
     added = y if residual is None else residual
-    vector_block_kernel[(blocks, tiles, splits)](
-        source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
-        rows, batch, stride, row_stride, column_stride,
-        V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=precision, WIDEN=interpreted(),
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=warps,
-    )
+    with torch.cuda.device_of(x):
+        vector_block_kernel[(blocks * tiles, splits)](
+            source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
+            rows, batch, tiles, stride,
+            V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+            num_warps=warps,
+        )
     return y

@@ -34,8 +34,10 @@ def run16(full: bool) -> Iterator[dict]:
                     "bias": of_type, "residual": of_type, "partial": "*fp32", "counter": "*i32"}
         constants = {"NP": batch, "KIND": kind, "CODING": coding, "WIDE": False, "WARPS": config["warps"], "SPLITS": config["splits"],
                      **FULL_EPILOGUE}
-        built = build(run16_kernel, pointers, dict.fromkeys(("rows", "columns", "batch"), "i32"), constants, capability, config["warps"],
-                      loops=batch == 1)
+        # Up to eight columns of x are one chunk, and Triton compiles a kernel of its own for an integer that is 1.
+        sizes = ("rows", "columns", "batch", *(("chunks",) if batch == 8 else ()))
+        constants |= {} if "chunks" in sizes else {"chunks": 1}
+        built = build(run16_kernel, pointers, dict.fromkeys(sizes, "i32"), constants, capability, config["warps"], loops=batch == 1)
         body = max((len(loop) for loop in built.loops), default=0)
         facts = {"per_nonzero": body / 16 if batch == 1 else None, "coding": coding, "kind": TYPES[kind]}
         yield row("run16", f"{TYPES[kind]} coding {coding} N {batch} {config}", capability, built, config["warps"], **facts)
@@ -53,9 +55,10 @@ def vector_block(full: bool) -> Iterator[dict]:
         pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
                     "bias": of_type,
                     "residual": of_type, "partial": "*fp32", "counter": "*i32"}
-        scalars = dict.fromkeys(("rows", "batch", "x_stride", "y_row", "y_column"), "i32")
+        scalars = dict.fromkeys(("rows", "batch", "x_stride", *(("tiles",) if c["width"] > 16 else ())), "i32")
         constants = {"V": c["height"], "STEP": c["step"], "BN": c["width"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee",
                      "WIDEN": False, **FULL_EPILOGUE}
+        constants |= {} if "tiles" in scalars else {"tiles": 1}
         built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",))
         yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
 
@@ -73,14 +76,17 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
                     "bias": of_type,
                     "residual": of_type, "partial": "*fp32", "counter": "*i32"}
-        scalars = dict.fromkeys(("rows", "pixels", "groups", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h",
+        scalars = dict.fromkeys(("rows", "pixels", "blocks", "groups", "height", "width", "out_height", "out_width", "stride_h", "stride_w", "pad_h",
                                  "pad_w",
                                  "dilation_h", "dilation_w"), "i32")
         constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3,
                      "PRECISION": "ieee",
                      "WIDEN": False, **FULL_EPILOGUE}
-        built = build(sparse_conv_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("rows",))
-        yield row("sparse_conv", f"{kind} {c}", capability, built, c["warps"], kind=kind, group=c["group"])
+        # A network's last layer may have any number of channels.
+        for aligned, blocks in ((("rows",), {}), ((), {}), ((), {"blocks": 1})):
+            sizes = {name: of for name, of in scalars.items() if name not in blocks}
+            built = build(sparse_conv_kernel, pointers, sizes, {**constants, **blocks}, capability, c["warps"], aligned=aligned)
+            yield row("sparse_conv", f"{kind} {c} aligned {aligned} {blocks}", capability, built, c["warps"], kind=kind, group=c["group"])
 
 
 def compact(full: bool) -> Iterator[dict]:

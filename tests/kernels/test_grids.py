@@ -1,0 +1,71 @@
+"""Oracle: float64 products, and CUDA's limits: 2^31 - 1 programs in the first dimension of a grid, 65,535 in the others."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from kernels import formats
+
+from .subprocesses import json_lines
+
+pytest.importorskip("triton")
+
+
+def test_many_blocks_and_tiles(tmp_path):
+    """Every output belongs to one program, in whichever order they are numbered."""
+    lines = json_lines("grids", interpret=True, cache=tmp_path)
+    assert len(lines) == 6 and [line for line in lines if not line["error"] <= 1e-5] == []
+
+
+class Grid:
+    """Stands in for a kernel and remembers its grid and integers."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *given, **constants: None
+
+
+def fitting(grid: tuple[int, ...]) -> bool:
+    return grid[0] < 2**31 and all(size <= 65535 for size in grid[1:])
+
+
+@pytest.mark.parametrize("name, batch", [("run16", 16 * 70_000), ("vector_block", 128 * 70_000)])
+def test_millions_of_columns_fit_the_grid(name, batch, monkeypatch):
+    module = importlib.import_module(f"kernels.{name}.triton")
+    kernel = Grid()
+    monkeypatch.setattr(module, f"{name}_kernel", kernel)
+    packed = formats.pack(name, torch.ones(70, 32, dtype=torch.bfloat16))
+    index = [t.to("meta") for t in packed.index]
+    x = torch.empty(batch, 32, device="meta", dtype=torch.bfloat16)
+    module.launch(x, packed.values.to("meta"), index, None, None, None, 70, 32, list(packed.options), "none")
+    assert fitting(kernel.grid) and math.prod(kernel.grid) >= batch // 128
+
+
+def test_a_large_batch_of_large_images_fits_the_grid(monkeypatch):
+    """224 x 224 pixels at batch 128 are 100,352 tiles of 64 pixels."""
+    module = importlib.import_module("kernels.sparse_conv.triton")
+    kernel = Grid()
+    monkeypatch.setattr(module, "sparse_conv_kernel", kernel)
+    packed = formats.pack("sparse_conv", torch.ones(128, 16 * 9), kernel=(3, 3), height=64)
+    index = [t.to("meta") for t in packed.index]
+    x = torch.empty(128, 16, 224, 224, device="meta")
+    module.launch(x, packed.values.to("meta"), index, None, None, None, 128, 144, list(packed.options), "none", (3, 3), (1, 1), (1, 1), (1, 1))
+    assert fitting(kernel.grid) and math.prod(kernel.grid) == 2 * 128 * 224 * 224 // 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("batch", [2, 3, 4, 5, 8, 9, 27])
+def test_columns_of_x_are_words(batch, dtype):
+    """Each group of up to eight columns of x lies side by side in int64 words, zeros behind the last one."""
+    from kernels.run16.triton import _words, padded_batch
+
+    x = torch.randn(batch, 6, dtype=dtype)
+    np_ = padded_batch(batch)
+    chunks = -(-batch // np_)
+    numbers = _words(x, np_, chunks).view(dtype).view(chunks, 6, -1)
+    width = max(np_, 8 // dtype.itemsize)
+    assert numbers.shape == (chunks, 6, width)
+    flat = numbers.transpose(1, 2).reshape(-1, 6)
+    assert torch.equal(flat[:batch], x) and not flat[batch:].any()
