@@ -1,26 +1,41 @@
-"""WoodFisher (Singh and Alistarh 2020) for channels: 1/2 w_S^T ([F^-1]_SS)^-1 w_S, F = lambda I + 1/N sum_n g_n g_n^T over a layer.
+"""WoodFisher (Singh and Alistarh 2020) for channels: the loss of a channel's weights under F = lambda I + 1/N sum_n g_n g_n^T of N images.
 
 S is the channel's slice in one layer (rows with their biases' weights left out, or columns); losses of members add up. F is the empirical
-Fisher of N images (option `fisher`), its inverse is never formed: `compress.curvature.woodfisher`. The gradients of as many layers as
-fit into `memory` are held at a time.
+Fisher matrix (option `fisher`), its inverse is never formed: `compress.curvature.woodfisher`. Option `block`:
+
+    channel   F block-diagonal, a block per channel: 1/2 w_S^T F_SS w_S. The blocks take nothing over from each other, so that no weight is
+              updated. Also meaningful where the weights of a layer are many more than the images, and the scores compare over layers.
+    layer     F of the whole layer: 1/2 w_S^T ([F^-1]_SS)^-1 w_S, and the weights that stay are updated. N gradients span N directions; with
+              many more weights than that nearly everything can be compensated on these images, and what is left is about
+              lambda/2 ||w_S||^2, with lambda set layer by layer: meaningful within a layer (allocation "uniform"), or with as many images as a
+              layer has weights; under one threshold for all layers an artefact of the damping.
+
+The paper's blocks are a compromise of this kind: so many consecutive weights of a layer that N gradients still tell something about them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from compress.criteria import CRITERIA
+from compress.criteria import CRITERIA, base
 from compress.criteria.base import Criterion, Options
+from compress.criteria.linearize import samples
 from compress.criteria.second_order import Compensation, SecondOrder, layer_of, losing
 from compress.curvature import woodfisher
 from compress.curvature.feed import find_layers
 from compress.curvature.per_sample import visit
 from compress.errors import UserError
+
+
+# layer name -> pairs of a group's score [n], to which losses are added, and the group's member in that layer
+Slices = dict[str, list[tuple[Tensor, Any]]]
 
 
 class WoodFisherOptions(Options):
@@ -32,19 +47,22 @@ class WoodFisherOptions(Options):
     side: Literal["producer", "consumer", "both"] = Field(
         "producer", description="score what the channel costs where it is made, where it is read, or both"
     )
+    block: Literal["channel", "layer"] = Field(
+        "channel", description="weights that share a block of the Fisher matrix: one channel's, without any update, or the whole layer's"
+    )
     compensation: Compensation = Field(
         "consumer",
-        description="layers whose remaining weights are updated: those that read the removed channels, "
+        description="with block layer, the layers whose remaining weights are updated: those that read the removed channels, "
         "those that made them, both, or none",
     )
-    images: int = Field(256, ge=1, description="gradients of at most so many images (the first ones)")
+    images: int = Field(256, ge=1, description="gradients of at most so many images, spread evenly over the batches")
     damping: float = Field(0.01, gt=0, description="lambda, as a fraction of the mean diagonal of the Fisher matrix")
-    memory: int = Field(512 * 2**20, ge=1, description="bytes of gradients held at a time; at least one layer's are held")
+    memory: int = Field(512 * 2**20, ge=1, description="with block layer, bytes of gradients held at a time; at least one layer's are held")
 
 
 @CRITERIA.register("woodfisher")
 class WoodFisher(Criterion):
-    """OBS loss of a channel's slices under the layer's Fisher matrix."""
+    """Loss of a channel's slices under the layer's Fisher matrix or its blocks."""
 
     name = "woodfisher"
     needs_data = True
@@ -56,14 +74,13 @@ class WoodFisher(Criterion):
     def measure(cls, picked, model, batches, loss_fn, generator, options):
         name = layer_of(model)
         scores = [torch.zeros(group.size, dtype=torch.float64) for group, _ in picked]
-        wanted = dict.fromkeys(name(member) for _, members in picked for member in members)
-        for layer, X in gradient_matrices(model, wanted, batches, generator, options):
-            weight = model.get_submodule(layer).weight.detach()
-            for score, (_, members) in zip(scores, picked, strict=True):
-                for member in members:
-                    if name(member) == layer:
-                        indices = places(weight, member.dim, member.indices)
-                        score += woodfisher.channel_losses(X, weight.flatten(), indices, options.damping).cpu()
+        slices: Slices = {}
+        for score, (_, members) in zip(scores, picked, strict=True):
+            for member in members:
+                slices.setdefault(name(member), []).append((score, member))
+        measure = _block_losses if options.block == "channel" else _layer_losses
+        for score, losses in measure(model, slices, batches, generator, options):
+            score += losses.cpu()
         return scores
 
     @classmethod
@@ -76,8 +93,12 @@ class WoodFisher(Criterion):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        """Updates, in place and jointly per layer, the weights that stay when `graph.prune(model, removals)` removes channels next."""
+        """Updates, in place and jointly per layer, the weights that stay when `graph.prune(model, removals)` removes channels next.
+
+        Does nothing with blocks of single channels."""
         chosen = cls.parse(options)
+        if chosen.block == "channel":
+            return
         gone: dict[str, list[Tensor]] = {}
         for layer, member, channels in losing(graph, model, removals, chosen.compensation):
             weight = model.get_submodule(layer).weight
@@ -98,20 +119,63 @@ def places(weight: Tensor, dim: int, indices: Tensor) -> Tensor:
     return grid[indices.to(weight.device)].flatten(1)
 
 
+def _block_losses(model: nn.Module, slices: Slices, batches: Iterable[Any], generator: torch.Generator | None,
+                  options: WoodFisherOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """(score, losses [n]) of every slice under its own block; no gradient is kept."""
+    weights = {layer: model.get_submodule(layer).weight.detach() for layer in slices}
+    squares = {layer: [0] * len(members) for layer, members in slices.items()}
+    totals = dict.fromkeys(slices, 0.0)
+
+    def add(name: str, gradients: Tensor, _: slice) -> None:
+        X = gradients.flatten(1)
+        totals[name] += X.square().sum(dtype=torch.float64).item()
+        sums = {dim: woodfisher.projections(X, weights[name], dim) for dim in {member.dim for _, member in slices[name]}}
+        for i, (_, member) in enumerate(slices[name]):
+            squares[name][i] += sums[member.dim][:, member.indices.to(X.device)].sum(2).square().sum(0)
+
+    images = visit(model, spread(batches, options.images), find_layers(model, slices), add, fisher=options.fisher, generator=generator, bias=False)
+    for layer, weight in weights.items():
+        shift = woodfisher.damping_value(totals[layer], images * weight.numel(), options.damping)
+        for square, (score, member) in zip(squares[layer], slices[layer], strict=True):
+            yield score, (shift * base.slices(weight, member.dim, member.indices).square().sum(1) + square / images) / 2
+
+
+def _layer_losses(model: nn.Module, slices: Slices, batches: Iterable[Any], generator: torch.Generator | None,
+                  options: WoodFisherOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """(score, losses [n]) of every slice after the rest of its layer is compensated."""
+    for layer, X in gradient_matrices(model, slices, batches, generator, options):
+        weight, product = model.get_submodule(layer).weight.detach(), woodfisher.gram(X)
+        for score, member in slices[layer]:
+            members = places(weight, member.dim, member.indices)
+            yield score, woodfisher.channel_losses(X, product, weight.flatten(), members, options.damping)
+
+
+def spread(batches: Iterable[Any], images: int) -> list[Any]:
+    """At most `images` (inputs, labels) evenly spaced over all batches: the first ones of a sorted loader would show single classes."""
+    batches = list(batches)
+    ends = list(itertools.accumulate(samples(inputs) for inputs, _ in batches))
+    if not ends or ends[-1] == 0:
+        raise UserError("Criterion 'woodfisher' needs calibration images, and got none.")
+    if ends[-1] <= images:
+        return batches
+    chosen = torch.arange(images) * ends[-1] // images
+    taken = []
+    for (inputs, labels), end in zip(batches, ends, strict=True):
+        start = end - samples(inputs)
+        own = chosen[(start <= chosen) & (chosen < end)] - start
+        if len(own):
+            taken.append(tree_map(lambda leaf: leaf[own.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, (inputs, labels)))
+    return taken
+
+
 def gradient_matrices(model: nn.Module, layers: Iterable[str], batches: Iterable[Any], generator: torch.Generator | None,
                       options: WoodFisherOptions) -> Iterator[tuple[str, Tensor]]:
-    """(layer, X [N, weights] float32 or float64) of the first `options.images` images, several layers per pass over them."""
+    """(layer, X [N, weights] float32 or float64) of at most `options.images` images, several layers per pass over them."""
     layers = list(layers)
-    chosen, seen = [], 0
-    for inputs, labels in batches if layers else ():
-        rest = options.images - seen
-        if rest <= 0:
-            break
-        parts = tuple(part[:rest] for part in inputs) if isinstance(inputs, (tuple, list)) else inputs[:rest]
-        chosen.append((parts, labels[:rest]))
-        seen += len(chosen[-1][1])
-    if layers and not seen:
-        raise UserError("Criterion 'woodfisher' needs calibration images, and got none.")
+    if not layers:
+        return
+    chosen = spread(batches, options.images)
+    seen = sum(samples(inputs) for inputs, _ in chosen)
     while layers:
         taken, size = [], 0
         while layers:

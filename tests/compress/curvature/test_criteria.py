@@ -190,10 +190,10 @@ def test_woodfisher_equals_the_recursion_on_the_whole_layer(net, data):
     every = torch.arange(24).reshape(4, 6)
     for channel, columns in enumerate(every.T[:3]):
         exact = w[columns] @ torch.linalg.solve(inverse[columns[:, None], columns], w[columns]) / 2
-        torch.testing.assert_close(score("woodfisher", net, data, side="consumer", memory=1)["a.weight"][channel], exact)
+        torch.testing.assert_close(score("woodfisher", net, data, block="layer", side="consumer", memory=1)["a.weight"][channel], exact)
     removed = every[:, [1, 4]].flatten()
     dw, _ = constrained_minimum(w, torch.linalg.inv(inverse), removed)
-    CRITERIA["woodfisher"].compensate(graph_of(net), net, {"a.weight": [1, 4]}, data)
+    CRITERIA["woodfisher"].compensate(graph_of(net), net, {"a.weight": [1, 4]}, data, block="layer")
     kept = every[:, [0, 2, 3, 5]].flatten()
     torch.testing.assert_close(net.b.weight.detach().flatten()[kept], (w + dw)[kept])
     torch.testing.assert_close(net.b.weight.detach().flatten()[removed], w[removed])
