@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from compress.curvature.geometry import Geometry
 from compress.curvature.layer_factors import LayerFactors
@@ -19,6 +19,7 @@ from compress.curvature.moments import (
     unfold_at,
     working,
 )
+from compress.curvature.processes import sum_, world
 
 PATCHES = ("full", "channel", "pixel")
 SHARINGS = ("expand", "reduce")
@@ -129,21 +130,14 @@ def _by_image(x: Tensor, images: int) -> Tensor:
     return x.reshape(images if rows % images == 0 else 1, -1, x.shape[-1])
 
 
-def world() -> int:
-    """Number of processes that share the data."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def sum_over_processes(sums: dict[str, Sums], images: float, count: int) -> tuple[float, int]:
     """Adds every layer's sums over all processes in place; returns the images of all of them (decayed, true)."""
     if world() == 1:
         return images, count
+    sum_(tensor for entry in sums.values() for tensor in entry.tensors())
     device = next(iter(sums.values())).inputs.device
-    for entry in sums.values():
-        for tensor in entry.tensors():
-            distributed.all_reduce(tensor)
     numbers = torch.tensor([images, float(count), *(entry.input_rows for entry in sums.values())], dtype=torch.float64, device=device)
-    distributed.all_reduce(numbers)
+    sum_([numbers])
     for entry, rows in zip(sums.values(), numbers[2:].tolist(), strict=True):
         entry.input_rows = rows
     return float(numbers[0]), int(numbers[1])

@@ -15,6 +15,7 @@ from compress.curvature.feed import Batches, find_layers, forward, unpack, with_
 from compress.curvature.geometry import geometry
 from compress.curvature.layer_factors import LayerFactors
 from compress.curvature.per_sample import ekfac as measure_second
+from compress.curvature.processes import own_generator
 from compress.errors import RunError, UserError
 
 
@@ -38,7 +39,8 @@ def collect(
     """K-FAC factors of every Linear and Conv2d that the network calls, as plain averages over the images.
 
     The network runs in evaluation mode; flags, buffers, hooks and `.grad` are as before afterwards, also when it raises. Under
-    `torch.distributed` each process gives its own share of the images and all of them get the result of all images.
+    `torch.distributed` each process gives its own share of the images and all of them get the result of all images; `local()` is for
+    one process that measures alone.
 
     Parameters
     ----------
@@ -52,7 +54,7 @@ def collect(
     bias: give A a row for the bias where the layer has one and A is over whole windows.
     positions: use only so many random positions per image and layer, rescaled: unbiased, cheaper. None: all.
     loss: "cross_entropy" on logits, or "mse" (half the squared distance), summed per image.
-    generator: draws labels and positions; seed 0 if None.
+    generator: draws labels and positions; seed 0 if None. Several processes draw different ones from equal seeds.
     ekfac: measure `second` in the eigenbasis from all batches in a second pass (see `per_sample.ekfac`).
     decay: moving average instead of the plain one: every batch weighs 1 / decay times the one before it (normalised weights).
     training: run in training mode (as published for Improved EigenDamage); buffers are still restored.
@@ -67,7 +69,7 @@ def collect(
     """
     check(fisher, loss, samples)
     _check_options(patch, sharing, positions, decay)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = own_generator(generator)
     modules = find_layers(model, layers)
     if ekfac and iter(batches) is batches:
         batches = list(batches)

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from compress.curvature.accumulate import world
 from compress.curvature.capture import Tape, preserved
 from compress.curvature.feed import Batches, find_layers, forward, unpack, with_last
 from compress.curvature.fisher import check, cotangents
 from compress.curvature.geometry import Geometry, geometry
 from compress.curvature.layer_factors import LayerFactors
 from compress.curvature.moments import images_per_chunk, natural_order, unfold, working
+from compress.curvature.processes import broadcast_, own_generator, sum_
 from compress.errors import RunError, UserError
 
 Visitor = Callable[[str, Tensor, slice], None]
@@ -136,12 +136,8 @@ def _gradients(name: str, pairs: list[tuple[Tensor, Tensor]], shape: Geometry, i
 
 def _reduce(tensors: list[Tensor], count: int) -> int:
     """Sums over processes in place; the number of images of all of them."""
-    if world() == 1:
-        return count
-    for tensor in tensors:
-        torch.distributed.all_reduce(tensor)
     number = torch.tensor([float(count)], dtype=torch.float64, device=tensors[0].device)
-    torch.distributed.all_reduce(number)
+    sum_([*tensors, number])
     return int(number)
 
 
@@ -162,14 +158,12 @@ def ekfac(
     ------
     UserError, RunError: as `visit`; no images.
     """
-    modules = find_layers(model, factors)
+    modules, generator = find_layers(model, factors), own_generator(generator)
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     totals: dict[str, Tensor] = {}
     for name, entry in factors.items():
         spectrum_a, spectrum_g = entry.eigen()
-        if world() > 1:  # machines may resolve equal eigenvalues differently, and the sums below must share one basis
-            for tensor in (*spectrum_a, *spectrum_g):
-                torch.distributed.broadcast(tensor, 0)
+        broadcast_([*spectrum_a, *spectrum_g])  # machines may resolve equal eigenvalues differently, and the sums must share one basis
         offsets = (entry.kernel[0] * entry.kernel[1],) if entry.patch != "full" and entry.kernel != (1, 1) else ()
         q_a, q_g = (spectrum.vectors.reshape(entry.groups, *spectrum.vectors.shape[-2:]) for spectrum in (spectrum_a, spectrum_g))
         dtype = next(modules[name].parameters()).dtype
@@ -207,7 +201,7 @@ def squared_gradients(model: nn.Module, batches: Batches, layers: Iterable[str] 
     ------
     UserError, RunError: as `visit`; no images.
     """
-    modules = find_layers(model, layers)
+    modules, generator = find_layers(model, layers), own_generator(generator)
     totals: dict[str, Tensor] = {}
 
     def add(name: str, gradients: Tensor, _: slice) -> None:

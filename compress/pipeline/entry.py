@@ -23,6 +23,7 @@ from compress.api import ranks, widths
 from compress.config import Config
 from compress.config_file import to_json
 from compress.cost import count
+from compress.curvature import local
 from compress.data import DataBundle
 from compress.errors import UserError
 from compress.graph import trace
@@ -121,6 +122,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     return model, plan, info
 
 
+@local()  # the other processes wait for the stored network and measure nothing
 def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, model: nn.Module, plan: Plan, info: dict[str, Any]) -> None:
     """Cut or grow a copy of `model`, recalibrate it, and store it in `folder`."""
     config, chosen = job.config, methods.method(entry.method)
