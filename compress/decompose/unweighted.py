@@ -2,7 +2,8 @@
 
 Symbols: W [o, c] or [o, c, kh, kw]; the error is ||W - W_r||_F. The SVD of a matricisation is optimal (Eckart and Young 1936). Tucker-2
 (Kim et al. 2016) alternates the two channel modes (HOOI, De Lathauwer et al. 2000) from the truncated HOSVD; every sweep lowers the
-error. CP (Lebedev et al. 2015) writes W as a sum of R products of an input channel vector, a spatial kernel and an output channel vector.
+error. CP (Lebedev et al. 2015) writes W as a sum of R products of an input channel vector, a spatial kernel and an output channel vector;
+it alternates least squares from the nested SVD and never ends above the error of that start.
 
 All work in float64 and return the dtype of the weight.
 """
@@ -15,28 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.decompose.factors import Factors, orthonormalise
-from compress.errors import RunError, UserError
+from compress.decompose.checks import check_rank, check_ranks, check_sweeps, check_weight
+from compress.decompose.factors import Factors, orthonormalise, recompose
+from compress.errors import UserError
 
 SVD_MODES = ("output", "input", "spatial")
-
-
-def check_weight(weight: Tensor) -> None:
-    """UserError unless the weight is a finite floating-point [o, c] or [o, c, kh, kw] tensor with elements."""
-    if weight.ndim not in (2, 4) or not weight.is_floating_point() or weight.numel() == 0:
-        raise UserError(
-            f"A weight of shape {tuple(weight.shape)} and type {weight.dtype} cannot be decomposed; "
-            "expected a floating-point [o, c] or [o, c, kh, kw]."
-        )
-    if not torch.isfinite(weight).all():
-        raise UserError(f"The weight of shape {tuple(weight.shape)} holds NaN or infinity; a decomposition needs finite weights.")
-
-
-def check_rank(name: str, rank: int, largest: int) -> int:
-    """The rank, or UserError unless it is an integer in [1, largest]."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
-        raise UserError(f"The {name} must be an integer from 1 to {largest}, got {rank!r}.")
-    return rank
+EXACT = 1e-24  # squared relative error below which a start counts as the weight itself
 
 
 def matricise(weight: Tensor, mode: str) -> Tensor:
@@ -122,27 +107,46 @@ def tucker2(weight: Tensor, ranks: tuple[int, int], sweeps: int = 25) -> Factors
 
     Raises
     ------
-    UserError: a rank outside 1 .. o or 1 .. c, weight of another shape or not finite.
+    UserError: no pair of ranks in 1 .. o and 1 .. c, fewer than one sweep, weight of another shape or not finite.
     """
     check_weight(weight)
-    r_out, r_in = check_rank("output rank", ranks[0], weight.shape[0]), check_rank("input rank", ranks[1], weight.shape[1])
+    check_sweeps(sweeps)
+    r_out, r_in = check_ranks(ranks, weight)
     dense = weight.detach().double()
     u_out, u_in = hooi(dense.reshape(*dense.shape[:2], -1), (r_out, r_in), sweeps=sweeps)
     core = torch.einsum("oc...,op,cq->pq...", dense, u_out, u_in)
     return Factors(u_in.T.contiguous(), core.contiguous(), u_out.contiguous()).map(lambda tensor: tensor.to(weight.dtype).contiguous())
 
 
-def cp(weight: Tensor, rank: int, sweeps: int = 100, seed: int = 0) -> Factors:
+def nested_svd(tensor: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """T [o, c, m] as a sum of products of three vectors: sizes [n] descending, left [o, r], right [c, r] and kernel [m, r] of unit columns.
+
+    The SVD of the output mode gives matrices over (c, m), and theirs give the products. These are orthonormal, so that the `rank` largest
+    (r, default all n >= min(o c, o m, c m)) leave the squared error sum_{j > r} sizes_j^2: a CP of that rank in closed form.
+    """
+    u, s, v = torch.linalg.svd(tensor.flatten(1), full_matrices=False)
+    p, t, q = torch.linalg.svd(v.reshape(-1, *tensor.shape[1:]), full_matrices=False)
+    sizes, order = (s[:, None] * t).flatten().sort(descending=True, stable=True)
+    outer, inner = order[:rank] // t.shape[1], order[:rank] % t.shape[1]
+    return sizes, u[:, outer], p[outer, :, inner].T, q[outer, inner].T
+
+
+def cp(weight: Tensor, rank: int, sweeps: int = 100) -> Factors:
     """CP of a convolution weight [o, c, kh, kw] into 1x1 (c -> R), depthwise kh x kw (R), 1x1 (R -> o), by alternating least squares.
 
-    Runs through tensorly from its deterministic SVD start; `seed` draws the columns that a rank above a mode's size needs. Components
-    have equal norms in the three factors.
+    Runs through tensorly from the nested SVD (`nested_svd`), whose own error is never exceeded: where a step is singular, the alternation
+    diverges, or its large cancelling components are too much for the weight's type, the start itself is returned. Components have equal
+    norms in the three factors.
+
+    Why this start: squared error after 100 sweeps relative to that from tensorly's SVD start, on trained 3x3 layers of ResNet-20 and random
+    weights: 0.98 to 1.01 at R = min(o, c), 0.90 to 1.00 at twice, 0.33 to 0.60 at four times that (1.65 for the stem of 3 channels).
 
     Raises
     ------
-    UserError: rank below 1 or above min(o c, o k k, c k k), or the weight is no convolution weight.
+    UserError: rank below 1 or above min(o c, o k k, c k k), fewer than one sweep, or the weight is no convolution weight.
     """
     check_weight(weight)
+    check_sweeps(sweeps)
     if weight.ndim != 4:
         raise UserError(f"CP expects a convolution weight [o, c, kh, kw], got shape {tuple(weight.shape)}; use svd for matrices.")
     o, c, kh, kw = weight.shape
@@ -150,18 +154,32 @@ def cp(weight: Tensor, rank: int, sweeps: int = 100, seed: int = 0) -> Factors:
     scale = torch.linalg.vector_norm(weight.detach().double()).item()
     if scale == 0:
         return Factors(weight.new_zeros(rank, c), weight.new_zeros(rank, 1, kh, kw), weight.new_zeros(o, rank), depthwise=True)
-    dense = (weight.detach().double() / scale).reshape(o, c, kh * kw).cpu().numpy()
+    dense = (weight.detach().double().cpu() / scale).flatten(2)
+    sizes, left, right, kernel = nested_svd(dense, rank)
+    modes = (left * sizes[:rank], right, kernel)
+    found = [modes]
+    if sizes[rank:].square().sum() > EXACT:
+        found += _alternate(dense, modes, sweeps)
+    candidates = [
+        orthonormalise(Factors(right.T * scale, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)).map(lambda t: t.to(weight).contiguous())
+        for left, right, kernel in found
+    ]
+    # the start comes first, so that an error that is NaN is never the smallest
+    return min(candidates, key=lambda factors: (recompose(factors.map(lambda t: t.double())) - weight.detach()).square().sum().item())
+
+
+def _alternate(dense: Tensor, modes: tuple[Tensor, ...], sweeps: int) -> list[tuple[Tensor, ...]]:
+    """The modes (left, right, kernel) after alternating least squares; none where a step is singular."""
     # tensorly is slow to import and needed here only
     import tensorly
+    from tensorly.cp_tensor import CPTensor
     from tensorly.decomposition import parafac
 
-    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
+    start = CPTensor((None, [mode.numpy() for mode in modes]))
+    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        weights, modes = parafac(dense, rank, n_iter_max=sweeps, init="svd", tol=1e-9, random_state=np.random.RandomState(seed))
-    left, right, kernel = (torch.from_numpy(np.asarray(mode)) for mode in modes)
-    factors = Factors((right * torch.from_numpy(np.asarray(weights)) * scale).T, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)
-    if not all(torch.isfinite(tensor).all() for tensor in factors.tensors.values()):
-        raise RunError(
-            f"The CP decomposition of a weight {tuple(weight.shape)} at rank {rank} diverged; use a smaller rank or another decomposition."
-        )
-    return orthonormalise(factors).map(lambda tensor: tensor.to(weight).contiguous())
+        try:
+            weights, (left, right, kernel) = parafac(dense.numpy(), modes[0].shape[1], n_iter_max=sweeps, init=start, tol=1e-9)
+        except np.linalg.LinAlgError:
+            return []
+    return [tuple(torch.from_numpy(np.asarray(mode)) for mode in (left * weights, right, kernel))]

@@ -21,7 +21,7 @@ from compress.decompose.factors import Factors
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
 from compress.decompose.modules import build_block, dense_weight, replace_module
 from compress.decompose.targets import candidates
-from compress.decompose.unweighted import cp, svd, tucker2
+from compress.decompose.unweighted import cp, nested_svd, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
 from compress.methods.menus import Menu, build_menu, choose, least, tails, uniform
@@ -155,11 +155,8 @@ class RankMethod:
 
 
 def cp_bound(weight: Tensor) -> Tensor:
-    """Squared error that a CP of rank R need not exceed, [number of terms + 1]: the SVD of the output mode gives matrices over (input channel,
-    offset), and theirs give orthonormal products of three vectors, of which the R largest are kept."""
-    _, s, v = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
-    inner = torch.linalg.svdvals(v.reshape(len(s), weight.shape[1], -1))
-    energy = (s[:, None] * inner).square().flatten().sort().values.cumsum(0).flip(0)
+    """Squared error that a CP of rank R does not exceed, [number of terms + 1]: that of the nested SVD, from which `cp` starts."""
+    energy = nested_svd(weight.double().flatten(2))[0].square().flip(0).cumsum(0).flip(0)
     return torch.cat([energy, energy.new_zeros(1)])
 
 
