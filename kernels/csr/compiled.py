@@ -27,6 +27,8 @@ SOURCE = Path(__file__).with_name("cpu.c")
 SLACK = 16
 ON_CHIP = 1024 * 1024
 WIDEST = 128
+# cpu.c addresses the dense operand of one product by 32-bit offsets.
+REACH = 2**31 - 1
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -72,12 +74,14 @@ def library() -> ctypes.CDLL | None:
     return loaded if _agrees(loaded) else None
 
 
+@torch.autocast("cpu", enabled=False)
 def _agrees(loaded: ctypes.CDLL) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(9, 37, generator=generator) * (torch.rand(9, 37, generator=generator) < 0.4)
+    """Whether small products come out right, whatever the caller's default data type and device."""
+    generator, plain = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.randn(9, 37, generator=generator, **plain) * (torch.rand(9, 37, generator=generator, **plain) < 0.4)
     values, (crow, col) = reference.pack(weight)
     parts = values, crow, col
-    x = torch.randn(37, 53, generator=generator)
+    x = torch.randn(37, 53, generator=generator, **plain)
     ok = torch.allclose(matrix(loaded, x, *parts, None, False, 1), weight @ x, atol=1e-4)
     return ok and torch.allclose(vector(loaded, x[:, 0].contiguous(), *parts, None, False, 1), weight @ x[:, 0], atol=1e-4)
 
@@ -101,6 +105,10 @@ def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Te
            threads: int) -> Tensor:
     """act(W x + bias), [(images,) rows, n], for x [(images,) columns, n], float32, contiguous, on the CPU."""
     columns, n = x.shape[-2:]
+    if columns * n > REACH and n > 1:
+        width = max(1, REACH // columns)
+        parts = [x[..., first : first + width].contiguous() for first in range(0, n, width)]
+        return torch.cat([matrix(loaded, part, values, crow, col, bias, relu, threads) for part in parts], -1)
     images = x.shape[0] if x.ndim == 3 else 1
     rows = crow.numel() - 1
     if n % SLACK:
@@ -117,12 +125,23 @@ def _with_slack(x: Tensor) -> Tensor:
     return x.new_zeros(x.numel() + SLACK)[: x.numel()].copy_(x.reshape(-1)).view(x.shape)
 
 
+def _phase(x: Tensor, stride, padding) -> tuple[int, int]:
+    """Lines and columns of one phase of a padded image."""
+    return tuple(-(-(size + 2 * pad) // step) for size, pad, step in zip(x.shape[2:], padding, stride))
+
+
+def reaches(x: Tensor, stride, padding) -> bool:
+    """Whether `convolve` can address an image of x."""
+    high, wide = _phase(x, stride, padding)
+    return x.shape[1] * stride[0] * stride[1] * high * wide <= REACH
+
+
 def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stride, padding, dilation, values: Tensor, crow: Tensor,
              col: Tensor, bias: Tensor | None, relu: bool, threads: int) -> Tensor:
     """act(conv(x, W) + bias), [N, rows, *size], for x [N, c, h, w], float32, contiguous, on the CPU."""
     batch, channels, height, width = x.shape
     rows = crow.numel() - 1
-    high, wide = -(-(height + 2 * padding[0]) // stride[0]), -(-(width + 2 * padding[1]) // stride[1])
+    high, wide = _phase(x, stride, padding)
     place = tap_places(channels, tuple(kernel), tuple(stride), tuple(dilation), high, wide)
     scratch = x.new_empty(channels * stride[0] * stride[1] * high * wide + SLACK)
     y = x.new_empty(batch, rows, *size)
@@ -137,15 +156,15 @@ def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stri
 @functools.lru_cache(maxsize=256)
 def row_places(columns: int, stride: int) -> Tensor:
     """Offset of each row of a dense operand."""
-    return torch.arange(columns, dtype=torch.int32) * stride
+    return torch.arange(columns, dtype=torch.int32, device="cpu") * stride
 
 
 @functools.lru_cache(maxsize=256)
 def tap_places(channels: int, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], height: int,
                width: int) -> Tensor:
     """Offset of tap (c, r, s) in an image split into stride x stride phases of height x width pixels, [channels * r * s] int32."""
-    r, s = torch.arange(kernel[0]) * dilation[0], torch.arange(kernel[1]) * dilation[1]
+    r, s = torch.arange(kernel[0], device="cpu") * dilation[0], torch.arange(kernel[1], device="cpu") * dilation[1]
     phase = (r % stride[0]).unsqueeze(1) * stride[1] + s % stride[1]
     inside = (r // stride[0]).unsqueeze(1) * width + s // stride[1]
-    channel = torch.arange(channels).view(-1, 1, 1) * (stride[0] * stride[1])
+    channel = torch.arange(channels, device="cpu").view(-1, 1, 1) * (stride[0] * stride[1])
     return ((channel + phase) * (height * width) + inside).reshape(-1).to(torch.int32)

@@ -18,6 +18,9 @@ from ..formats import Packed
 from . import compiled, reference
 
 ENGINES = reference.ENGINES
+# Bytes of patches held at a time: larger than any cache, so that pieces cost no speed, and small beside a batch of large images, whose
+# patches take r * s times its memory.
+PATCHES = 256 * 2**20
 
 
 def _as_torch(values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:
@@ -29,7 +32,8 @@ def _hear_beta_warning() -> None:
     """torch announces once per process that CSR tensors are in beta; nothing about the results depends on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        _as_torch(torch.zeros(1), [torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)], 1, 1)
+        ends = torch.tensor([0, 1], dtype=torch.int32, device="cpu")
+        _as_torch(torch.zeros(1, dtype=torch.float32, device="cpu"), [ends, ends[:1]], 1, 1)
 
 
 def _scipy(x: Tensor, values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:
@@ -73,11 +77,32 @@ def _linear(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
     if engine is None:
         return None
     fused = scale is None and residual is None and activation in ("none", "relu")
-    values = values.detach().contiguous()
-    given = bias if fused else None
+    values, given = values.detach(), bias if fused else None
     product, done = _product(x.t().contiguous(), values, index, given, activation == "relu" and fused, rows, columns, engine)
     product = product.t()
     return product.contiguous() if done and fused else epilogue.finish(product, scale, bias, residual, activation).contiguous()
+
+
+def _by_patches(x: Tensor, values: Tensor, index, bias: Tensor | None, relu: bool, rows: int, columns: int, engine: str,
+                size, kernel, stride, padding, dilation) -> tuple[Tensor, bool]:
+    """(y [N, rows, *size], whether bias and activation are already in it), with at most PATCHES bytes of patches (or one line of one
+    image) at a time: whole images together where they fit, bands of output lines where one image does not."""
+    given = values, index, bias, relu, rows, columns, engine
+    lines = max(1, PATCHES // (columns * size[1] * x.element_size()))
+    if x.shape[0] * size[0] <= lines:
+        product, done = _product(F.unfold(x, kernel, dilation, padding, stride), *given)
+        return product.view(x.shape[0], rows, *size), done
+    images, height = max(1, lines // size[0]), min(lines, size[0])
+    y, done = x.new_empty(x.shape[0], rows, *size), False
+    for first in range(0, x.shape[0], images):
+        padded = F.pad(x[first : first + images], (padding[1], padding[1], padding[0], padding[0]))
+        for top in range(0, size[0], height):
+            target = y[first : first + images, :, top : top + height]
+            last = (top + target.shape[2] - 1) * stride[0] + dilation[0] * (kernel[0] - 1)
+            patches = F.unfold(padded[:, :, top * stride[0] : last + 1], kernel, dilation, 0, stride)
+            product, done = _product(patches, *given)
+            target.copy_(product.view(target.shape))
+    return y, done
 
 
 def _conv2d(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
@@ -87,19 +112,19 @@ def _conv2d(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
         return None
     size = convolution.output_size(x.shape[2:], kernel, stride, padding, dilation)
     fused = scale is None and residual is None and activation in ("none", "relu")
-    given, relu, values = (bias if fused else None), activation == "relu" and fused, values.detach().contiguous()
+    given, relu, values = (bias if fused else None), activation == "relu" and fused, values.detach()
     if tuple(kernel) == (1, 1):
         if any(padding):
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         x = x[:, :, :: stride[0], :: stride[1]].contiguous()
         product, done = _product(x.flatten(2), values, index, given, relu, rows, columns, engine)
-    elif engine == "compiled":
+        product = product.view(x.shape[0], rows, *size)
+    elif engine == "compiled" and compiled.reaches(x, stride, padding):
         x, threads = x.contiguous(), torch.get_num_threads()
         product = compiled.convolve(compiled.library(), x, size, kernel, stride, padding, dilation, values, *index, given, relu, threads)
         done = True
     else:
-        product, done = _product(F.unfold(x, kernel, dilation, padding, stride), values, index, given, relu, rows, columns, engine)
-    product = product.view(x.shape[0], rows, *size)
+        product, done = _by_patches(x, values, index, given, relu, rows, columns, engine, size, kernel, stride, padding, dilation)
     return product if done and fused else epilogue.finish(product, scale, bias, residual, activation, dim=1).contiguous()
 
 

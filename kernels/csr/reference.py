@@ -46,4 +46,5 @@ def fault(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, opti
     """What is wrong with tensors that are said to be of this format, or None; see `kernels.validity`."""
     nnz = values.numel()
     return (shapes([values, *index], [("values", FLOATS, (nnz,)), ("crow", (torch.int32,), (rows + 1,)), ("col", (torch.int32,), (nnz,))])
-            or pointers("crow", index[0], nnz) or inside("col", index[1], columns) or inside("the engine", torch.tensor(options), len(ENGINES)))
+            or pointers("crow", index[0], nnz) or inside("col", index[1], columns)
+            or (None if options[0] < len(ENGINES) else f"its engine is {options[0]}, but one of 0 to {len(ENGINES) - 1} is needed"))
