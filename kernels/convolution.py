@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import epilogue
-from .operator import NAMESPACE, Direct, Launch, Positions, check_tensors, decode, existing, runs_triton, take
+from .operator import (NAMESPACE, Direct, Launch, Positions, check_tensors, decode, existing, plain, register_autocast, runs_triton, take,
+                       wide)
 
 SCHEMA = (
     "(Tensor x, Tensor values, Tensor[] index, Tensor? scale, Tensor? bias, Tensor? residual, int rows, int columns, int kept, "
@@ -43,6 +44,14 @@ def _check(x: Tensor, values: Tensor, scale, bias, residual, rows: int, columns:
     return shape
 
 
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None, shape: Sequence[int], geometry: Sequence) -> Tensor:
+    """The convolution in front of `scale`, of that shape; torch refuses some empty tensors, whose product is zero."""
+    if not (x.numel() and weight.numel()):
+        return x.new_zeros(shape)
+    dtype = wide(x.dtype, scale)
+    return F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
+
+
 def define_conv(name: str, positions: Positions, launch: Launch | None, direct: Direct | None,
                 memory_format: torch.memory_format) -> Callable[..., Tensor]:
     """Registers `compress_kernels::<name>` (schema SCHEMA) and returns it; y [N, c_out, h, w] always has `memory_format`.
@@ -58,13 +67,14 @@ def define_conv(name: str, positions: Positions, launch: Launch | None, direct: 
         shape = _check(x, values, scale, bias, residual, rows, columns, kernel, stride, padding, dilation)
         epilogue.check(activation)
         geometry = (kernel, stride, padding, dilation)
+        values, scale, bias, *index = plain(values, scale, bias, *index)
         if x.numel() and rows:
             run = launch if launch is not None and runs_triton(x) else direct
             y = run(x, values, index, scale, bias, residual, rows, columns, options, activation, *geometry) if run is not None else None
             if y is not None:
                 return y
-        weight = decode(values, positions(values, index, rows, columns, options), rows, columns).view(rows, -1, *kernel)
-        product = F.conv2d(x, weight, None, stride, padding, dilation) if x.numel() else x.new_zeros(shape)
+        weight = decode(values, positions(values, index, rows, columns, options), rows, columns).view(rows, x.shape[1], *kernel)
+        product = _product(x, weight, scale, shape, geometry[1:])
         y = epilogue.finish(product, scale, bias, residual, activation, dim=1)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(y)
 
@@ -80,28 +90,37 @@ def define_conv(name: str, positions: Positions, launch: Launch | None, direct: 
         ctx.save_for_backward(x, values, scale, bias, residual, output if ctx.activation == "relu" else None, *index)
 
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return gradients(ctx, grad)
+
+    def gradients(ctx, grad):
         x, values, scale, bias, residual, output, *index = ctx.saved_tensors
         needs = ctx.needs_input_grad
         kernel, stride, padding, dilation = ctx.geometry
         places = positions(values, index, ctx.rows, ctx.columns, ctx.options)
-        weight = decode(values, places, ctx.rows, ctx.columns).view(ctx.rows, -1, *kernel)
-        product = F.conv2d(x, weight, None, stride, padding, dilation) if ctx.activation in ("gelu", "silu") or needs[3] else None
+        weight = decode(values, places, ctx.rows, ctx.columns).view(ctx.rows, x.shape[1], *kernel)
+        needed = ctx.activation in ("gelu", "silu") or needs[3]
+        product = _product(x, weight, scale, grad.shape, (stride, padding, dilation)) if needed else None
         if ctx.activation == "relu":
             grad = grad * epilogue.slope(output, "relu")
         elif ctx.activation != "none":
-            grad = grad * epilogue.slope(epilogue.finish(product, scale, bias, residual, "none", dim=1), ctx.activation)
+            grad = (grad * epilogue.slope(epilogue.finish(product, scale, bias, residual, "none", dim=1), ctx.activation)).to(grad.dtype)
         d_residual = grad if residual is not None and needs[5] else None
         d_bias = grad.sum((0, 2, 3)) if bias is not None and needs[4] else None
-        d_scale = (grad * product).sum((0, 2, 3)) if scale is not None and needs[3] else None
+        d_scale = (grad * product).sum((0, 2, 3)).to(scale.dtype) if scale is not None and needs[3] else None
         if scale is not None:
             grad = grad * epilogue.along(scale, 4, 1)
-        d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [needs[0], needs[1], False]
-        )
-        d_values = take(d_weight.reshape(ctx.rows, -1), places).reshape(values.shape) if needs[1] else None
+        if grad.numel() and weight.numel():
+            d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [needs[0], needs[1], False]
+            )
+        else:
+            d_x, d_weight = torch.zeros_like(x) if needs[0] else None, torch.zeros_like(weight)
+        d_values = take(d_weight.reshape(ctx.rows, ctx.columns), places).reshape(values.shape) if needs[1] else None
         return d_x, d_values, [None] * len(index), d_scale, d_bias, d_residual, *[None] * 9
 
     op.register_autograd(backward, setup_context=setup_context)
+    register_autocast(name)
     overload = existing(name)
 
     @register_flop_formula(overload)

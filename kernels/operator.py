@@ -8,10 +8,15 @@ weight, or `rows * columns` for an element that stores nothing (padding). Everyt
     gradient:  dW = (dL/dz)^T x, d values = dW[positions], 0 at padding
 
 so that the backward pass may be dense while the forward pass is not.
+
+Under autocast an operator computes in the data type of its weight: the other floating-point arguments are converted to it, and so the
+output has it. (Converting the weight would change its layout, which is made for one size of number.)
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -27,6 +32,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Positions = Callable[[Tensor, Sequence[Tensor], int, int, Sequence[int]], Tensor]
 Launch = Callable[..., Tensor]
 Direct = Callable[..., Tensor | None]
+AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# Registrations live as long as this object does.
+_registry = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 LINEAR_SCHEMA = (
     "(Tensor x, Tensor values, Tensor[] index, Tensor? scale, Tensor? bias, Tensor? residual, int rows, int columns, int kept, "
@@ -39,11 +47,43 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def runs_triton(x: Tensor) -> bool:
-    """Whether a Triton kernel can run on `x`: an NVIDIA GPU, or any device under the interpreter."""
-    if x.is_cuda:
-        return torch.version.hip is None
-    return interpreted() and x.device.type == "cpu"
+    """Whether a Triton kernel can run on `x`: Triton is there, and x on an NVIDIA GPU, or on the CPU under the interpreter."""
+    fits = torch.version.hip is None if x.is_cuda else interpreted() and x.device.type == "cpu"
+    return fits and has_triton()
+
+
+def plain(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors (or None) in contiguous memory: kernels get addresses, not strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def wide(dtype: torch.dtype, scale: Tensor | None) -> torch.dtype:
+    """The data type for a product of such numbers in torch: float16 overflows before a small `scale` could bring it back, and the fused
+    kernels sum in float32 as well."""
+    return torch.float32 if scale is not None and dtype == torch.float16 else dtype
+
+
+def register_autocast(name: str) -> None:
+    """Makes the operator `name` compute in the data type of its values under autocast."""
+    op = existing(name)
+
+    def cast(device: str):
+        def run(x, values, index, scale, bias, residual, *rest):
+            like = [t if t is None or t.dtype not in DTYPES else t.to(values.dtype) for t in (x, scale, bias, residual)]
+            with torch.autocast(device, enabled=False):
+                return op(like[0], values, index, *like[1:], *rest)
+
+        return run
+
+    for device, key in AUTOCAST.items():
+        _registry.impl(name, cast(device), key)
 
 
 def decode(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
@@ -105,15 +145,16 @@ def define_linear(name: str, positions: Positions, launch: Launch | None, direct
         batch = math.prod(x.shape[:-1])
         flat = x.reshape(batch, columns)
         added = None if residual is None else residual.reshape(batch, rows)
+        values, scale, bias, added, *index = plain(values, scale, bias, added, *index)
         if launch is not None and flat.shape[0] and rows and columns and runs_triton(x):
-            added = None if added is None else added.contiguous()
             return launch(flat, values, index, scale, bias, added, rows, columns, options, activation).reshape(shape)
         if direct is not None and flat.numel() and rows:
             y = direct(flat, values, index, scale, bias, added, rows, columns, options, activation)
             if y is not None:
                 return y.reshape(shape)
-        product = flat @ decode(values, positions(values, index, rows, columns, options), rows, columns).t()
-        return epilogue.finish(product, scale, bias, added, activation).reshape(shape)
+        dtype, weight = wide(x.dtype, scale), decode(values, positions(values, index, rows, columns, options), rows, columns)
+        product = flat.to(dtype) @ weight.to(dtype).t()
+        return epilogue.finish(product, scale, bias, added, activation).to(x.dtype).reshape(shape)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=LINEAR_SCHEMA)
 
@@ -126,22 +167,27 @@ def define_linear(name: str, positions: Positions, launch: Launch | None, direct
         ctx.save_for_backward(x, values, scale, bias, residual, output if ctx.activation == "relu" else None, *index)
 
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):
+            return gradients(ctx, grad)
+
+    def gradients(ctx, grad):
         x, values, scale, bias, residual, output, *index = ctx.saved_tensors
         rows, columns = ctx.rows, ctx.columns
         places = positions(values, index, rows, columns, ctx.options)
         weight = decode(values, places, rows, columns)
         batch = math.prod(x.shape[:-1])
         flat, grad = x.reshape(batch, columns), grad.reshape(batch, rows)
-        product = flat @ weight.t() if ctx.activation in ("gelu", "silu") or ctx.needs_input_grad[3] else None
+        dtype = wide(x.dtype, scale)
+        product = flat.to(dtype) @ weight.to(dtype).t() if ctx.activation in ("gelu", "silu") or ctx.needs_input_grad[3] else None
         if ctx.activation == "relu":
             grad = grad * epilogue.slope(output.reshape(batch, rows), "relu")
         elif ctx.activation != "none":
             added = None if residual is None else residual.reshape(batch, rows)
-            grad = grad * epilogue.slope(epilogue.finish(product, scale, bias, added, "none"), ctx.activation)
+            grad = (grad * epilogue.slope(epilogue.finish(product, scale, bias, added, "none"), ctx.activation)).to(grad.dtype)
         needs = ctx.needs_input_grad
         d_residual = grad.reshape(residual.shape) if residual is not None and needs[5] else None
         d_bias = grad.sum(0) if bias is not None and needs[4] else None
-        d_scale = (grad * product).sum(0) if scale is not None and needs[3] else None
+        d_scale = (grad * product).sum(0).to(scale.dtype) if scale is not None and needs[3] else None
         if scale is not None:
             grad = grad * scale
         d_x = (grad @ weight).reshape(x.shape) if needs[0] else None
@@ -149,6 +195,7 @@ def define_linear(name: str, positions: Positions, launch: Launch | None, direct
         return d_x, d_values, [None] * len(index), d_scale, d_bias, d_residual, None, None, None, None, None
 
     op.register_autograd(backward, setup_context=setup_context)
+    register_autocast(name)
     overload = existing(name)
 
     @register_flop_formula(overload)

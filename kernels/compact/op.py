@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import operator
+from .. import epilogue, operator
 from ..formats import Packed
 from . import reference
 
 
-def _launch(*args) -> Tensor:
-    from .triton import launch
+def _launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str) -> Tensor:
+    from .triton import decode, launch
 
-    return launch(*args)
+    dtype = operator.wide(x.dtype, scale)
+    if dtype == x.dtype:
+        return launch(x, values, index, scale, bias, residual, rows, columns, options, activation)
+    product = x.to(dtype) @ decode(values.detach(), index, rows, columns, options).to(dtype).t()
+    return epilogue.finish(product, scale, bias, residual, activation).to(x.dtype)
 
 
 compact_linear = operator.define_linear("compact_linear", reference.positions, _launch)
