@@ -1,67 +1,103 @@
 """`SparseLinear` and `SparseConv2d`: modules that hold a packed weight and call its operator.
 
-The packed values are the trainable parameter, everything else is a buffer, and `layout` (int64) says how to read them, so that a
-state_dict holds tensors only and loads into a module built for any other sparsity of the same layer shape:
+The packed values are the trainable parameter, everything else is a buffer, and `layout` (int64, see state.py) says how to read them, so
+that a state_dict holds tensors only and loads into a module built for any other sparsity or data type of the same layer shape.
 
-    layout = [number of the format, rows, columns, kept, number of options, options ..., number of index tensors]
+Conversions (`.half()`, `.to(dtype)`) keep the weights that are stored; an optimizer made before one that changes the size of a number
+holds moments in the old order. Under autocast a module computes in the data type of its weight and returns it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from . import epilogue, formats, validity
+from . import epilogue, formats, state
 from .formats import FORMATS, Packed
+
+# A module that comes out of a file (torch.load, torch.export.load) finds its operators registered.
+for _format in FORMATS:
+    formats.module_of(_format)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def _trains(value: Tensor) -> bool:
+    """Whether what is made from `value` is trained: a parameter may be frozen, a computed tensor is not."""
+    return value.requires_grad or not isinstance(value, nn.Parameter)
+
+
 def _vector(value: Tensor | None, like: Tensor) -> nn.Parameter | None:
-    return None if value is None else nn.Parameter(value.detach().to(like.device, like.dtype).clone())
+    if value is None:
+        return None
+    return nn.Parameter(value.detach().to(like.device, like.dtype).clone(memory_format=torch.contiguous_format), _trains(value))
 
 
 class _Packed(nn.Module):
     """A packed weight [rows, columns] with bias, per-row scale and activation."""
 
-    def __init__(self, packed: Packed, bias: Tensor | None, scale: Tensor | None, activation: str) -> None:
+    _kernel: tuple[int, ...] = ()
+
+    def __init__(self, packed: Packed, bias: Tensor | None, scale: Tensor | None, activation: str, kernel: tuple[int, ...] = ()) -> None:
         super().__init__()
         epilogue.check(activation)
-        self.activation = activation
-        self.values = nn.Parameter(packed.values.detach().clone(), requires_grad=packed.values.is_floating_point())
+        self.activation, self._kernel = activation, kernel
+        values = packed.values.detach().clone(memory_format=torch.contiguous_format)
+        self.values = nn.Parameter(values, requires_grad=values.is_floating_point())
         self.bias = _vector(bias, packed.values)
         self.scale = _vector(scale, packed.values)
-        self._adopt(packed.format, packed.rows, packed.columns, packed.kept, packed.options, packed.index)
+        self._adopt(packed)
 
-    def _adopt(self, format: str, rows: int, columns: int, kept: int, options: Sequence[int], index: Sequence[Tensor]) -> None:
-        formats.module_of(format)
-        self.format, self.rows, self.columns, self.kept, self.options = format, rows, columns, kept, list(options)
+    def _adopt(self, packed: Packed) -> None:
+        """Takes over everything but the values."""
+        formats.module_of(packed.format)
+        self.format, self.rows, self.columns, self.kept, self.options = (
+            packed.format, packed.rows, packed.columns, packed.kept, list(packed.options))
         for name in getattr(self, "_index_names", []):
             delattr(self, name)
-        self._index_names = [f"index{number}" for number in range(len(index))]
-        for name, tensor in zip(self._index_names, index):
-            self.register_buffer(name, tensor.to(self.values.device))
-        layout = [FORMATS.index(format), rows, columns, kept, len(options), *options, len(index)]
-        self.register_buffer("layout", torch.tensor(layout, dtype=torch.int64))
+        self._index_names = [f"index{number}" for number in range(len(packed.index))]
+        for name, tensor in zip(self._index_names, packed.index):
+            self.register_buffer(name, tensor.to(self.values.device).contiguous())
+        self.register_buffer("layout", state.layout(packed, self._kernel, self.values.device))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        packed = _stored(state_dict, prefix)
-        if packed is not None:
-            if (packed.rows, packed.columns) != (self.rows, self.columns):
-                error_msgs.append(f"{prefix}layout holds a weight of {packed.rows} x {packed.columns}, but this layer has {self.rows} x {self.columns}")
-                return
-            if wrong := validity.fault(packed):
-                error_msgs.append(f"{prefix[:-1] or 'the layer'} holds no packed weight of the format {packed.format}: {wrong}")
-                return
-            old = self.values
-            self.values = nn.Parameter(torch.empty(packed.values.shape, dtype=old.dtype, device=old.device), requires_grad=old.requires_grad)
-            self._adopt(packed.format, packed.rows, packed.columns, packed.kept, packed.options, [t.clone() for t in packed.index])
+        try:
+            stored = state.read(state_dict, prefix)
+            wrong = stored and state.refusal(*stored, prefix, self.rows, self.columns, self._kernel)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong:
+            error_msgs.append(wrong)
+            return
+        if stored is not None:
+            state_dict = self._fitted(stored[0], state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _fitted(self, packed: Packed, state_dict: dict[str, Tensor], prefix: str, assign: bool) -> dict[str, Tensor]:
+        """Makes room for `packed` in this module and returns the state with its tensors as they will lie here; parameters of the right
+        shape stay the same objects, so that an optimizer keeps training them."""
+        own = self.values
+        values = state.relayout(packed, packed.values.dtype, packed.values.dtype if assign else own.dtype)
+        if values.shape != own.shape:
+            self.values = nn.Parameter(torch.empty(values.shape, dtype=own.dtype, device=own.device), requires_grad=own.requires_grad)
+        self._adopt(replace(packed, index=[tensor.clone() for tensor in packed.index]))
+        fitted = {f"index{number}": tensor for number, tensor in enumerate(packed.index)}
+        fitted |= {"values": values, "layout": state.layout(packed, self._kernel, values.device)}
+        return {**state_dict, **{f"{prefix}{name}": tensor for name, tensor in fitted.items()}}
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.values.dtype
+        super()._apply(fn, recurse)
+        for tensor in (self.values, self.values.grad):
+            if tensor is not None and (tensor.dtype != before or not tensor.is_contiguous()):
+                tensor.data = state.relayout(replace(self.packed, values=tensor.detach()), before, tensor.dtype)
+        return self
 
     @property
     def index(self) -> list[Tensor]:
@@ -83,21 +119,6 @@ class _Packed(nn.Module):
         return f"bias={self.bias is not None}, density={self.density:.3f}, format={self.format}, options={tuple(self.options)}{extra}"
 
 
-def _stored(state_dict: dict[str, Tensor], prefix: str) -> Packed | None:
-    """The packed weight under `prefix`; None where a tensor is missing (torch names it), a format of "?" where the layout makes no sense."""
-    layout, values = state_dict.get(f"{prefix}layout"), state_dict.get(f"{prefix}values")
-    if layout is None or values is None:
-        return None
-    numbers = layout.tolist()
-    count = numbers[4] if len(numbers) > 5 else -1
-    if len(numbers) != count + 6 or not 0 <= numbers[0] < len(FORMATS) or not 0 <= numbers[-1] < 16:
-        return Packed("?", values, [], *(numbers[1:3] if len(numbers) > 2 else (0, 0)), 0, (), 0)
-    index = [state_dict.get(f"{prefix}index{i}") for i in range(numbers[-1])]
-    if any(tensor is None for tensor in index):
-        return None
-    return Packed(FORMATS[numbers[0]], values, index, *numbers[1:4], tuple(numbers[5:5 + count]), 0)
-
-
 class SparseLinear(_Packed):
     """y = act(scale * (x W^T) + bias + residual) for a packed W [out_features, in_features]; x [..., in_features]."""
 
@@ -111,6 +132,7 @@ class SparseLinear(_Packed):
         """
         packed = pack_checked(format, linear.weight, mask, options)
         module = cls(packed, linear.bias, scale, activation)
+        module.values.requires_grad_(_trains(linear.weight))
         return module.train(linear.training)
 
     def to_dense(self) -> nn.Linear:
@@ -138,11 +160,12 @@ class SparseLinear(_Packed):
 
 
 class SparseConv2d(_Packed):
-    """The convolution of images [N, in_channels, H, W] with a packed weight [out_channels, in_channels, r, s]; zero padding, one group."""
+    """The convolution of images [N, in_channels, H, W] (or one, without N) with a packed weight [out_channels, in_channels, r, s]; zero
+    padding, one group."""
 
     def __init__(self, packed: Packed, kernel_size, stride, padding, dilation, bias: Tensor | None, scale: Tensor | None = None,
                  activation: str = "none") -> None:
-        super().__init__(packed, bias, scale, activation)
+        super().__init__(packed, bias, scale, activation, _pair(kernel_size))
         self.kernel_size, self.stride, self.padding, self.dilation = (_pair(v) for v in (kernel_size, stride, padding, dilation))
         self.out_channels, self.in_channels, self.groups = self.rows, self.columns // math.prod(self.kernel_size), 1
 
@@ -162,6 +185,7 @@ class SparseConv2d(_Packed):
         mask = None if mask is None else mask.flatten(1)
         packed = pack_checked(format, conv.weight.flatten(1), mask, options)
         module = cls(packed, conv.kernel_size, conv.stride, _padding(conv), conv.dilation, conv.bias, scale, activation)
+        module.values.requires_grad_(_trains(conv.weight))
         return module.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:
@@ -177,6 +201,8 @@ class SparseConv2d(_Packed):
         return formats.unpack(self.packed).view(self.out_channels, self.in_channels, *self.kernel_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.ndim == 3:
+            return self.forward(x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
         op = getattr(torch.ops.compress_kernels, f"{self.format}_conv2d")
         return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
                   self.activation, self.kernel_size, self.stride, self.padding, self.dilation)
@@ -223,6 +249,8 @@ def _refuse_epilogue(module: _Packed) -> None:
 def _fill(dense: nn.Module, module: _Packed) -> nn.Module:
     with torch.no_grad():
         dense.weight.copy_(module.weight)
+        dense.weight.requires_grad_(module.values.requires_grad)
         if module.bias is not None:
             dense.bias.copy_(module.bias)
+            dense.bias.requires_grad_(module.bias.requires_grad)
     return dense.train(module.training)

@@ -166,6 +166,13 @@ def positions(values: Tensor, index: Sequence[Tensor], rows: int, columns: int, 
     return place.view(-1, LANES, p, RUN // p).permute(0, 2, 1, 3)
 
 
+def relayout(values: Tensor, index: Sequence[Tensor], before: torch.dtype, after: torch.dtype) -> Tensor:
+    """`values` laid out for numbers of `before` in the order that numbers of `after` have; their own data type does not matter."""
+    p, q = planes(before), planes(after)
+    runs = values.reshape(-1, p, LANES, RUN // p).permute(0, 2, 1, 3).reshape(-1, LANES, q, RUN // q)
+    return runs.permute(0, 2, 1, 3).contiguous()
+
+
 def stored_bytes(values: Tensor, index: Sequence[Tensor]) -> int:
     """Bytes that one forward pass reads from the packed weight."""
     return sum(t.numel() * t.element_size() for t in (values, *index[:4]))

@@ -57,6 +57,13 @@ def parts(values: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return s.view(choice.shape), r.view(start.shape[0], planes, run16.LANES, run16.RUN // planes)
 
 
+def relayout(values: Tensor, index: Sequence[Tensor], before: torch.dtype, after: torch.dtype) -> Tensor:
+    """`values` laid out for numbers of `before` in the order that numbers of `after` have; their own data type does not matter."""
+    count = index[0].numel()
+    r, s = values.split([values.numel() - count, count])
+    return torch.cat([run16.relayout(r, index[1:], before, after).reshape(-1), s])
+
+
 def positions_of_s(choice: Tensor, rows: int, columns: int) -> Tensor:
     """Place of every element of S, rows * columns where nothing is stored."""
     four = torch.arange(choice.shape[1], device=choice.device) // 2
