@@ -1,7 +1,7 @@
 """Runs a Triton kernel on copies of its buffers that lie between guard bands, outputs filled with NaN beforehand.
 
-Input bands hold NaN (or 2^30 for integers), so that a read outside a buffer shows in the result; all bands are compared afterwards, so
-that a write outside a buffer is found, too.
+Input bands hold NaN (-1 for integers, whose bits are NaN in words of 16- and 32-bit floats), so that a read outside a buffer shows in the
+result, even times a weight of zero; all bands are compared afterwards, so that a write outside a buffer is found, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class OutOfBounds(AssertionError):
 
 def _surround(tensor: Tensor, poison: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(inner view, whole buffer, copy of the whole buffer) with the values of `tensor`, or poison."""
-    value = float("nan") if tensor.is_floating_point() else min(2**30, torch.iinfo(tensor.dtype).max)
+    value = float("nan") if tensor.is_floating_point() else -1
     whole = torch.full((tensor.numel() + 2 * BAND,), value, dtype=tensor.dtype)
     inner = whole[BAND : BAND + tensor.numel()].view(tensor.shape)
     if not poison:
