@@ -26,6 +26,11 @@ def warps_for(height: int, width: int) -> int:
     return 8 if height * width >= 128 * 64 or (height, width) == (128, 16) else 4
 
 
+def registers_for(height: int, width: int) -> int | None:
+    """Most registers per thread: of small tiles ptxas likes to make do with 64 on sm_80 and spills four, unless it is told that it need not."""
+    return 128 if height * width <= 128 * 16 else None
+
+
 CONFIGS = tuple(
     {"height": height, "step": 64, "width": width, "splits": splits, "warps": warps_for(height, width)}
     for height in (64, 128)
@@ -36,9 +41,8 @@ CONFIGS = tuple(
 
 
 @triton.jit
-def _place(blocks, tiles):
-    """(rank of the block, tile) of a program."""
-    number = tl.program_id(0)
+def _place(number, blocks, tiles):
+    """(rank of the block, tile) of program `number`."""
     first = number // (GROUP * blocks) * GROUP
     size = tl.minimum(tiles - first, GROUP)
     within = number % (GROUP * blocks)
@@ -46,8 +50,8 @@ def _place(blocks, tiles):
 
 
 @triton.jit
-def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, tiles, x_stride,
-                        V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residual, partial, counter, rows, batch, blocks, tiles,
+                        x_stride, V: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
                         PRECISION: tl.constexpr, WIDEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
                         HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr):
     """Grid (blocks * tiles of BN columns, SPLITS), in groups of up to GROUP tiles: neighbours share a block's panels in the cache, and what a
@@ -56,8 +60,7 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
     x: [columns, x_stride], zero behind column `batch`, x_stride a multiple of 16; y, residual: [batch, rows]; partial:
     [SPLITS, blocks * V, tiles * BN] float32; counter: [blocks, tiles] int32, zero. WIDEN computes in float32 (interpreter).
     """
-    blocks = tl.num_programs(0) // tiles
-    rank, tile = _place(blocks, tiles)
+    rank, tile = _place(tl.program_id(0), blocks, tiles)
     block = tl.load(order + rank)
     split = tl.program_id(1)
     first = tl.load(step_ptr + block)
@@ -85,13 +88,12 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
         acc = tl.dot(tl.trans(w), gathered, acc, input_precision=PRECISION)
 
     # Read again, so that it need not stay in a register during the loop.
-    rank, tile = _place(blocks, tiles)
     block = tl.load(order + rank, volatile=True)
     row = block * V + v
     done = True
     if SPLITS > 1:
         across = tiles * BN
-        size = blocks.to(tl.int64) * V * across
+        size = tl.cast(blocks, tl.int64) * V * across
         partial += block.to(tl.int64) * V * across + tile * BN
         spot = v[:, None] * across + tl.arange(0, BN)[None, :]
         tl.store(partial + split * size + spot, acc)
@@ -149,9 +151,9 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     with torch.cuda.device_of(x):
         vector_block_kernel[(blocks * tiles, splits)](
             source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,
-            rows, batch, tiles, stride,
+            rows, batch, blocks, tiles, stride,
             V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps,
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(height, width)}),
         )
     return y

@@ -44,7 +44,7 @@ def run16(full: bool) -> Iterator[dict]:
 
 
 def vector_block(full: bool) -> Iterator[dict]:
-    from kernels.vector_block.triton import CONFIGS, vector_block_kernel
+    from kernels.vector_block.triton import CONFIGS, registers_for, vector_block_kernel
 
     chosen = [("bf16", c) for c in CONFIGS if c["splits"] == 1 and c["height"] == 64] + [("fp32", {**CONFIGS[0], "step": 32})]
     every = ((kind, {**c, "step": 32} if kind == "fp32" else c) for kind in TYPES for c in CONFIGS)
@@ -55,11 +55,12 @@ def vector_block(full: bool) -> Iterator[dict]:
         pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
                     "bias": of_type,
                     "residual": of_type, "partial": "*fp32", "counter": "*i32"}
-        scalars = dict.fromkeys(("rows", "batch", "x_stride", *(("tiles",) if c["width"] > 16 else ())), "i32")
+        scalars = dict.fromkeys(("rows", "batch", "blocks", "x_stride", *(("tiles",) if c["width"] > 16 else ())), "i32")
         constants = {"V": c["height"], "STEP": c["step"], "BN": c["width"], "SPLITS": c["splits"], "STAGES": 3, "PRECISION": "ieee",
                      "WIDEN": False, **FULL_EPILOGUE}
         constants |= {} if "tiles" in scalars else {"tiles": 1}
-        built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",))
+        built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",),
+                      maxnreg=registers_for(c["height"], c["width"]))
         yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
 
 

@@ -38,14 +38,14 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def build(kernel, pointers: dict[str, str], scalars: dict[str, str], constants: dict, capability: int, warps: int, stages: int = 3,
-          loops: bool = False, aligned: tuple[str, ...] = ()) -> Built:
+          loops: bool = False, aligned: tuple[str, ...] = (), **options) -> Built:
     """Compiles `kernel` for sm_<capability>; pointers and the scalars `aligned` are promised to be divisible by 16, as at run time."""
     names = kernel.arg_names
     constants = {**{n: None for n in names if n not in pointers and n not in scalars}, **constants}
     signature = {n: pointers.get(n) or scalars.get(n) or "constexpr" for n in names}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in (*pointers, *aligned)}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages, **options})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
