@@ -1,11 +1,13 @@
 """The sparse products that exist, as rivals of this project's kernels: torch CSR, BSR and 2:4, blksprs.
 
-Each function gives calls of one product on as many copies of its weight as the cold-cache rule needs (`timing.copies_needed`).
+Each function gives calls of one product on as many copies of its weight as the cold-cache rule needs (`timing.copies_needed`), and the bytes
+of the weight that one call reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +15,29 @@ from torch import Tensor, nn
 from kernels import timing
 
 BLOCK = 64
+BSR_COLUMNS = 16
 BSR_SETTINGS = [{"SPLIT_N": n, "GROUP_SIZE_ROW": 4, "num_warps": w, "num_stages": s} for n in (1, 2, 4, 8) for w in (4, 8) for s in (1, 3)]
 
 
-def rotate(make: Callable[[], Callable[[], Tensor]], bytes_each: int, device: torch.device) -> list[Callable[[], Tensor]]:
+@dataclass(frozen=True)
+class Side:
+    """The same call on several copies of a weight, and the bytes of one copy."""
+
+    calls: list[Callable[[], Tensor]]
+    weight_bytes: int
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def rotate(make: Callable[[], Callable[[], Tensor]], bytes_each: int, device: torch.device) -> Side:
     """The same call on as many copies of its weight as the cold-cache rule needs; `make` builds one copy."""
-    return [make() for _ in range(timing.copies_needed(bytes_each, device))]
+    return Side([make() for _ in range(timing.copies_needed(bytes_each, device))], bytes_each)
 
 
-def torch_csr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
+def torch_csr(layer: nn.Linear, x: Tensor) -> Side:
     csr = layer.weight.detach().to_sparse_csr()
     transposed = x.t().contiguous()
 
@@ -29,29 +45,31 @@ def torch_csr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
         weight = csr.clone()
         return lambda: (weight @ transposed).t()
 
-    return rotate(make, csr.values().numel() * (csr.values().element_size() + 8), x.device)
+    return rotate(make, size((csr.values(), csr.col_indices(), csr.crow_indices())), x.device)
 
 
-def torch_bsr(layer: nn.Linear, x: Tensor, settings: dict | None) -> list[Callable[[], Tensor]]:
+def torch_bsr(layer: nn.Linear, x: Tensor, settings: dict | None) -> Side:
     from torch.sparse._triton_ops import bsr_dense_addmm
 
     bsr = layer.weight.detach().to_sparse_bsr((BLOCK, BLOCK))
-    transposed = x.t().contiguous()
-    target = x.new_zeros(layer.out_features, x.shape[0])
+    columns = x.shape[0]
+    # The kernel takes at least 16 columns.
+    transposed = nn.functional.pad(x.t(), (0, max(0, BSR_COLUMNS - columns))).contiguous()
+    target = x.new_zeros(layer.out_features, transposed.shape[1])
 
     def make() -> Callable[[], Tensor]:
         weight = bsr.clone()
-        return lambda: bsr_dense_addmm(target, weight, transposed, beta=0, meta=settings).t()
+        return lambda: bsr_dense_addmm(target, weight, transposed, beta=0, meta=settings).t()[:columns]
 
-    return rotate(make, bsr.values().numel() * bsr.values().element_size(), x.device)
+    return rotate(make, size((bsr.values(), bsr.col_indices(), bsr.crow_indices())), x.device)
 
 
-def tuned_bsr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
+def tuned_bsr(layer: nn.Linear, x: Tensor) -> Side:
     """The fastest of a small sweep of settings, so that the rival is no straw man."""
     best, fastest = None, float("inf")
     for settings in BSR_SETTINGS:
         try:
-            (taken,) = timing.on_cuda([torch_bsr(layer, x, settings)], rounds=5)
+            (taken,) = timing.on_cuda([torch_bsr(layer, x, settings).calls], rounds=5)
         except Exception:
             continue
         if taken.median < fastest:
@@ -61,22 +79,25 @@ def tuned_bsr(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
     return torch_bsr(layer, x, best)
 
 
-def torch_two_four(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
+def torch_two_four(layer: nn.Linear, x: Tensor) -> Side:
     """torch's 2:4 tensor of the two largest of every four: another matrix than the masked one, so its error is against its own product."""
     from torch.sparse import to_sparse_semi_structured
 
     fours = layer.weight.detach().view(layer.out_features, -1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter(-1, fours.abs().topk(2, -1).indices, True)
     pruned = (fours * kept).view_as(layer.weight)
+    padded = nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16))
+    algorithm = torch._cslt_sparse_mm_search(to_sparse_semi_structured(pruned).packed, padded.t())
 
     def make() -> Callable[[], Tensor]:
         weight = to_sparse_semi_structured(pruned)
+        weight.alg_id_cusparselt = algorithm
         return lambda: nn.functional.linear(x, weight)
 
-    return rotate(make, pruned.numel() * pruned.element_size() // 2, x.device)
+    return rotate(make, size([pruned]) * 9 // 16, x.device)
 
 
-def blksprs_blocks(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
+def blksprs_blocks(layer: nn.Linear, x: Tensor) -> Side:
     """blksprs: dense x (as one full block matrix) times the block-sparse transposed weight."""
     import blksprs as bs
     from blksprs.utils.blksprs_tensor import BlksprsTensor
@@ -94,4 +115,4 @@ def blksprs_blocks(layer: nn.Linear, x: Tensor) -> list[Callable[[], Tensor]]:
         stored = right.clone()
         return lambda: bs.ops.to_dense(bs.ops.matmul(left, full, stored, layout, out, BLOCK), out, BLOCK)[0, : x.shape[0]]
 
-    return rotate(make, right.numel() * right.element_size(), x.device)
+    return rotate(make, size((right, layout)), x.device)

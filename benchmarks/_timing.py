@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import timing
+from benchmarks._worker import failure_line
+from kernels import precision, timing
 from kernels.table import device_name
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TF32_TOLERANCE = 2e-3
+
+
+def tolerance(y: Tensor) -> float:
+    """Relative error up to which y counts as right: float32 on a GPU may be rounded to TF32 where torch's flags allow it."""
+    rounded = y.is_cuda and (precision.products_in_tf32() or precision.convolutions_in_tf32())
+    return TF32_TOLERANCE if y.dtype == torch.float32 and rounded else TOLERANCE[y.dtype]
 
 
 def environment(device: torch.device) -> dict:
@@ -26,7 +35,8 @@ def environment(device: torch.device) -> dict:
              "threads": torch.get_num_threads(), "system": platform.platform()}
     if device.type == "cuda":
         facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "copy_gb_s": copy_bandwidth(device)}
-        facts |= {"tf32_matmul": torch.backends.cuda.matmul.allow_tf32, "tf32_conv": torch.backends.cudnn.allow_tf32}
+        facts |= {"tf32_matmul": precision.products_in_tf32(), "tf32_conv": precision.convolutions_in_tf32()}
+        facts |= {"float32_tolerance": tolerance(torch.empty(0, device=device))}
     return facts
 
 
@@ -35,7 +45,8 @@ def copy_bandwidth(device: torch.device) -> float:
     """GB/s (read plus written) of copying 1 GiB on the GPU: what the share of bandwidth in the tables refers to."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    (taken,) = timing.on_cuda([[lambda: target.copy_(source)]], rounds=10)
+    with torch.cuda.device(device):
+        (taken,) = timing.on_cuda([[lambda: target.copy_(source)]], rounds=10)
     return 2 * source.numel() / taken.median / 1e3
 
 
@@ -69,49 +80,71 @@ def _judge(calls: dict[str, Callable[[], Tensor]], expected: Tensor, measure: Ca
         try:
             y = call()
             distance = error(y, expected)
-            if distance > TOLERANCE[y.dtype]:
+            if not distance <= tolerance(y):
                 rows[name] = {"wrong": distance}
             else:
                 ready(name)
         except Exception as failure:
             # A rival may fail in any way (missing driver, unsupported shape); it must not end the run.
-            rows[name] = {"failed": (str(failure).splitlines() or [type(failure).__name__])[0]}
+            rows[name] = {"failed": failure_line(failure)}
     right = [name for name in calls if name not in rows]
     if "dense" not in right:
         return rows
-    taken = dict(zip(right, measure(right)))
+    try:
+        taken = dict(zip(right, measure(right)))
+    except Exception as failure:
+        return rows | {name: {"failed": failure_line(failure)} for name in right}
     for name, t in taken.items():
         rows[name] = {"us": t.median, "p10": t.p10, "p90": t.p90, "runs": t.runs, "ratio": taken["dense"].median / t.median}
     return rows
 
 
 def read(name: str, folder: Path = RESULTS) -> list[dict]:
-    """The rows of an earlier run; none where there is no file."""
+    """The rows of earlier runs, each with the machine and versions that it belongs to; none where there is no file."""
     path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [{"machine": found["environment"]["device"], **row} for row in found["rows"]]
+
+
+def of_machine(rows: list[dict], device: torch.device) -> list[dict]:
+    """The rows that were measured on this machine with these versions."""
+    return [row for row in rows if row.get("machine", device_name(device)) == device_name(device)]
 
 
 def write(name: str, device: torch.device, rows: list[dict], folder: Path = RESULTS) -> Path:
-    """<folder>/<name>.json with the environment and one object per case, and a table beside it."""
+    """<folder>/<name>.json with the environment and one object per case, and a table of this machine's rows beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     found = {"environment": environment(device), "rows": rows}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if rows and "times" in rows[0]:
-        path.with_suffix(".md").write_text(table(found), encoding="utf-8")
+    _replace(path, json.dumps(found, indent=1) + "\n")
+    here = of_machine(rows, device)
+    if here and "times" in here[0]:
+        _replace(path.with_suffix(".md"), table(found | {"rows": here}))
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file completely or not at all: a run may be cut at any moment."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def table(found: dict) -> str:
     """The ratios of a result file as a Markdown table: one line per case and side, one column per sparsity."""
     sparsities = sorted({row["sparsity"] for row in found["rows"]})
-    lines = ["Dense time / sparse time, medians (10th to 90th percentile in the JSON file). " + found["environment"]["device"], ""]
+    facts = found["environment"]
+    rounded = facts.get("float32_tolerance", 0) == TF32_TOLERANCE
+    tf32 = f" TF32 is on, so float32 counts as right up to an error of {TF32_TOLERANCE:g}." if rounded else ""
+    lines = [f"Dense time / sparse time, medians (10th to 90th percentile in the JSON file).{tf32} {facts['device']}", ""]
     lines += ["| case | form | " + " | ".join(f"{s:g}" for s in sparsities) + " |", "|---" * (2 + len(sparsities)) + "|"]
     cells: dict[tuple[str, str], dict[float, str]] = {}
     for row in found["rows"]:
         case = f"{row['kind']} {row['name']}, N {row['columns']}" + (f", {row['pattern']}" if "pattern" in row else "")
         for side, times in row["times"].items():
-            shown = f"{times['us']:.0f} us" if side == "dense" else f"{times['ratio']:.2f}" if "ratio" in times else "-"
+            shown = "-" if "us" not in times else f"{times['us']:.0f} us" if side == "dense" else f"{times['ratio']:.2f}"
             cells.setdefault((case, side), {})[row["sparsity"]] = shown
     for (case, side), values in cells.items():
         lines.append(f"| {case} | {side} | " + " | ".join(values.get(s, "") for s in sparsities) + " |")
@@ -120,8 +153,8 @@ def table(found: dict) -> str:
 
 def line(label: str, result: dict[str, dict]) -> str:
     """One line of a table: the dense time, and each rival's ratio with its 10th to 90th percentile."""
-    if "us" not in result["dense"]:
-        return f"{label}: dense failed ({result['dense']})"
+    if "us" not in result.get("dense", {}):
+        return f"{label}: dense failed ({result.get('dense', result)})"
     dense = result["dense"]["us"]
     parts = [f"{label}: dense {dense:.0f} us"]
     for name, row in result.items():

@@ -1,13 +1,14 @@
 """Sparse Triton kernels against cuBLAS, cuDNN and the sparse products that exist, on an NVIDIA GPU.
 
-    python -m benchmarks.kernels [--part linear conv] [--shapes 14336x4096] [--sparsities 0.5 0.9] [--minutes 9] [--out FOLDER]
+    python -m benchmarks.kernels [--part linear conv] [--shapes 14336x4096] [--sparsities 0.5 0.9] [--minutes 9] [--retry] [--out FOLDER]
 
 Run it from the project's folder. Every case: the dense rival works on the masked weight (zeros included); all sides are CUDA graphs of 20
-launches that go round copies of their weights larger than three times the second-level cache, replayed in turns; medians with 10th to
-90th percentile. A side that computes something else than float64 within the data type's tolerance, or that fails, shows no speed. For each
-side the GB/s of its weights and their share of the measured copy bandwidth are stored. Writes kernels_<gpu>.json after every case and
-plots with the byte bound at the end; cases that the file of the same GPU holds are not measured again, so that a run can be cut by
-`--minutes` and continued.
+launches or more that go round copies of their weights larger than three times the second-level cache, replayed in turns; medians with 10th to
+90th percentile. A side that computes something else than float64 within the data type's tolerance (float32: TF32's where torch's flags allow
+TF32), or that fails, shows no speed. For each side the GB/s of what it reads and writes (packed weight with its indices, x and y) and their
+share of the measured copy bandwidth are stored. Cases are measured in a process of their own; one that crashes is recorded as failed.
+Writes kernels_<gpu>.json after every case and plots with the byte bound at the end; cases that the file holds of the same GPU and versions
+are not measured again (failed ones are with `--retry`), so that a run can be cut by `--minutes` and continued.
 
 Rivals: cuBLAS / cuDNN, torch CSR (cuSPARSE), torch BSR with its default and with swept settings, torch 2:4 (cuSPARSELt), blksprs where it
 is installed.
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import itertools
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _timing
-from benchmarks._rivals import BLOCK, blksprs_blocks, rotate, torch_bsr, torch_csr, torch_two_four, tuned_bsr
+from benchmarks._rivals import BLOCK, Side, blksprs_blocks, rotate, size, torch_bsr, torch_csr, torch_two_four, tuned_bsr
+from benchmarks._worker import Worker, failure_line
 from kernels import SparseConv2d, SparseLinear, timing
+from kernels.formats import Packed
+from kernels.run16.reference import stored_bytes as run16_bytes
+from kernels.table import device_name
+from kernels.two_four.reference import parts
+from kernels.vector_block.reference import stored_bytes as block_bytes
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 COLUMNS = (1, 8, 16, 64, 512)
@@ -46,7 +55,8 @@ CONVOLUTIONS = [
 ]
 BATCHES = (1, 128)
 OWN = ("run16", "vector_block", "two_four", "sparse_conv")
-Calls = dict[str, list[Callable[[], Tensor]]]
+FACTS = ("kind", "name", "columns", "pattern", "sparsity")
+CASE_SECONDS = 1200.0
 
 
 def mask(rows: int, columns: int, sparsity: float, pattern: str, generator: torch.Generator) -> Tensor:
@@ -57,34 +67,50 @@ def mask(rows: int, columns: int, sparsity: float, pattern: str, generator: torc
     return keep.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
 
 
-def packed_copies(layer: nn.Module, format: str, **options) -> list[nn.Module]:
-    """A packed form of `layer`, as often as the cold-cache rule needs."""
+def weight_bytes(packed: Packed) -> int:
+    """What one product reads of a packed weight; the bits for the backward pass are not among it. 2:4 is 9 bits of every dense 16."""
+    if packed.format == "two_four":
+        _, remainder = parts(packed.values, packed.index)
+        return packed.rows * packed.columns * packed.values.element_size() * 9 // 16 + run16_bytes(remainder, packed.index[1:])
+    return (run16_bytes if packed.format == "run16" else block_bytes)(packed.values, packed.index)
+
+
+def ours(layer: nn.Module, x: Tensor, format: str, **options) -> Side:
+    """A packed form of `layer`."""
     kind = SparseConv2d if isinstance(layer, nn.Conv2d) else SparseLinear
     packed = kind.from_dense(layer, format=format, **options)
-    size = sum(t.numel() * t.element_size() for t in packed.state_dict().values())
-    return rotate(lambda: copy.deepcopy(packed), size, layer.weight.device)
+
+    def make() -> Callable[[], Tensor]:
+        module = copy.deepcopy(packed)
+        return lambda: module(x)
+
+    return rotate(make, weight_bytes(packed.packed), x.device)
 
 
-def ours(layer: nn.Module, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
-    """Calls of a packed form of `layer`."""
-    return [lambda module=module: module(x) for module in packed_copies(layer, format, **options)]
-
-
-def dense(layer: nn.Module, x: Tensor) -> list[Callable[[], Tensor]]:
-    """Calls of the dense layer."""
+def dense(layer: nn.Module, x: Tensor) -> Side:
+    """The dense layer."""
     def make() -> Callable[[], Tensor]:
         module = copy.deepcopy(layer)
         return lambda: module(x)
 
-    return rotate(make, layer.weight.numel() * layer.weight.element_size(), x.device)
+    return rotate(make, size([layer.weight]), x.device)
 
 
-def add(calls: Calls, name: str, build: Callable[[], list[Callable[[], Tensor]]], failures: dict[str, str]) -> None:
-    """Builds a side of the comparison; one that cannot be built is recorded and left out."""
-    try:
-        calls[name] = build()
-    except Exception as failure:
-        failures[name] = (str(failure).splitlines() or [type(failure).__name__])[0]
+def compare(sides: dict[str, Callable[[], Side]], x: Tensor, expected: Tensor) -> dict[str, dict]:
+    """Times of the sides (one that cannot be built has failed), with the bytes that each reads and writes."""
+    built: dict[str, Side] = {}
+    failures: dict[str, dict] = {}
+    for name, build in sides.items():
+        try:
+            built[name] = build()
+        except Exception as failure:
+            failures[name] = {"failed": failure_line(failure)}
+    result = _timing.compare_cuda({name: side.calls for name, side in built.items()}, expected)
+    around = size([x]) + expected.numel() * x.element_size()
+    for name, times in result.items():
+        if "us" in times:
+            times["bytes"] = built[name].weight_bytes + around
+    return result | failures
 
 
 class Matrix:
@@ -96,52 +122,59 @@ class Matrix:
         values = torch.randn(rows, columns, generator=generator, device=device)
         self.layer.weight.copy_(values.mul_(mask(rows, columns, sparsity, pattern, generator)))
         self.pattern, self.generator = pattern, generator
-        self._packed: dict[tuple, list[nn.Module]] = {}
+        self._packed: dict[tuple, Side] = {}
+        self._x: Tensor = torch.empty(0)
 
-    def form(self, x: Tensor, format: str, **options) -> list[Callable[[], Tensor]]:
-        """Calls of a packed form."""
-        key = (format, *sorted(options.items()))
-        if key not in self._packed:
-            self._packed[key] = packed_copies(self.layer, format, **options)
-        return [lambda module=module: module(x) for module in self._packed[key]]
+    def form(self, format: str, **options) -> Callable[[], Side]:
+        """Builds a packed form, the same modules for every x."""
+        def build() -> Side:
+            key = (format, *sorted(options.items()))
+            if key not in self._packed:
+                packed = SparseLinear.from_dense(self.layer, format=format, **options)
+
+                def make() -> Callable[[], Tensor]:
+                    module = copy.deepcopy(packed)
+                    return lambda: module(self._x)
+
+                self._packed[key] = rotate(make, weight_bytes(packed.packed), self.layer.weight.device)
+            return self._packed[key]
+
+        return build
 
     def measure(self, batch: int, peers: bool) -> dict[str, dict]:
         """All sides of the product with `batch` columns of x."""
         layer, dtype = self.layer, self.layer.weight.dtype
-        x = torch.randn(batch, layer.in_features, generator=self.generator, device=self.generator.device).to(dtype)
-        calls: Calls = {"dense": dense(layer, x)}
-        failures: dict[str, str] = {}
+        x = self._x = torch.randn(batch, layer.in_features, generator=self.generator, device=self.generator.device).to(dtype)
+        sides: dict[str, Callable[[], Side]] = {"dense": lambda: dense(layer, x)}
         if self.pattern == "random":
             if batch <= 16:
-                for coding, name in enumerate(("nibbles", "bytes")):
-                    add(calls, f"run16 {name}", lambda coding=coding: self.form(x, "run16", coding=coding), failures)
+                sides |= {f"run16 {name}": self.form("run16", coding=coding) for coding, name in enumerate(("nibbles", "bytes"))}
             if batch >= 64 and dtype != torch.float32:
-                add(calls, "two_four", lambda: self.form(x, "two_four"), failures)
+                sides["two_four"] = self.form("two_four")
             if peers:
-                add(calls, "torch CSR", lambda: torch_csr(layer, x), failures)
+                sides["torch CSR"] = lambda: torch_csr(layer, x)
         else:
-            for height in (64, 128):
-                add(calls, f"vector_block {height}", lambda height=height: self.form(x, "vector_block", height=height), failures)
+            sides |= {f"vector_block {height}": self.form("vector_block", height=height) for height in (64, 128)}
         if peers and self.pattern == "blocks":
-            add(calls, "torch BSR default", lambda: torch_bsr(layer, x, None), failures)
-            add(calls, "torch BSR tuned", lambda: tuned_bsr(layer, x), failures)
+            sides |= {"torch BSR default": lambda: torch_bsr(layer, x, None), "torch BSR tuned": lambda: tuned_bsr(layer, x)}
             if importlib.util.find_spec("blksprs"):
-                add(calls, "blksprs", lambda: blksprs_blocks(layer, x), failures)
-        expected = x.double() @ layer.weight.double().t()
-        result = _timing.compare_cuda(calls, expected)
+                sides["blksprs"] = lambda: blksprs_blocks(layer, x)
+        result = compare(sides, x, x.double() @ layer.weight.double().t())
         if peers and self.pattern == "random" and dtype != torch.float32:
             result |= two_four_row(layer, x)
-        return result | {name: {"failed": reason} for name, reason in failures.items()}
+        return result
 
 
 def two_four_row(layer: nn.Linear, x: Tensor) -> dict[str, dict]:
     """torch 2:4 beside the dense product; it computes with a matrix of its own, so only its speed is comparable."""
     try:
-        plain, rival = timing.on_cuda([dense(layer, x), torch_two_four(layer, x)])
+        side = torch_two_four(layer, x)
+        plain, rival = timing.on_cuda([dense(layer, x).calls, side.calls])
     except Exception as failure:
-        return {"torch 2:4": {"failed": (str(failure).splitlines() or [""])[0]}}
+        return {"torch 2:4": {"failed": failure_line(failure)}}
     return {"torch 2:4 (prunes further)": {"us": rival.median, "p10": rival.p10, "p90": rival.p90, "runs": rival.runs,
-                                           "ratio": plain.median / rival.median}}
+                                           "ratio": plain.median / rival.median,
+                                           "bytes": side.weight_bytes + (x.numel() + x.shape[0] * layer.out_features) * x.element_size()}}
 
 
 def convolution_case(inputs: int, outputs: int, kernel: int, size: int, batch: int, sparsity: float, pattern: str, dtype: torch.dtype,
@@ -156,52 +189,66 @@ def convolution_case(inputs: int, outputs: int, kernel: int, size: int, batch: i
     layer.weight.copy_(values * keep)
     layer = layer.to(memory_format=torch.channels_last)
     x = torch.randn(batch, inputs, size, size, generator=generator, device=device).to(dtype, memory_format=torch.channels_last)
-    calls: Calls = {"dense": dense(layer, x)}
-    failures: dict[str, str] = {}
+    sides: dict[str, Callable[[], Side]] = {"dense": lambda: dense(layer, x)}
     for height in (64, 128):
-        add(calls, f"sparse_conv {height}", lambda height=height: ours(layer, x, "sparse_conv", height=height), failures)
-    add(calls, "sparse_conv 64, full list", lambda: ours(layer, x, "sparse_conv", mask=torch.ones_like(keep)), failures)
-    expected = nn.functional.conv2d(x.double(), layer.weight.double(), padding=kernel // 2)
-    return _timing.compare_cuda(calls, expected) | {name: {"failed": reason} for name, reason in failures.items()}
+        sides[f"sparse_conv {height}"] = lambda height=height: ours(layer, x, "sparse_conv", height=height)
+    sides["sparse_conv 64, full list"] = lambda: ours(layer, x, "sparse_conv", mask=torch.ones_like(keep))
+    return compare(sides, x, nn.functional.conv2d(x.double(), layer.weight.double(), padding=kernel // 2))
 
 
-def byte_bound(sparsity: float) -> float:
-    """Dense bytes over run16's bytes (nibbles below 85 % sparsity, bytes above), 16-bit values, padding left out."""
-    return 16 / ((21 if sparsity < 0.85 else 25) * (1 - sparsity))
+def byte_bound(sparsity: float, itemsize: int = 2) -> float:
+    """Dense bytes over run16's bytes (nibbles below 85 % sparsity, bytes above), padding left out."""
+    value = 8 * itemsize
+    return value / ((value + (5 if sparsity < 0.85 else 9)) * (1 - sparsity))
 
 
-def describe(row: dict, bytes_dense: int, copy_gb_s: float) -> None:
-    """Adds GB/s and the share of the copy bandwidth of reading the dense weight once, to every side."""
-    for name, times in row["times"].items():
-        if "us" in times:
-            read = bytes_dense if name == "dense" else bytes_dense * (1 - row["sparsity"])
-            times["weight_gb_s"] = read / times["us"] / 1e3
-            times["share_of_copy"] = times["weight_gb_s"] / copy_gb_s
+def describe(times: dict[str, dict], copy_gb_s: float) -> None:
+    """Adds GB/s and the share of the copy bandwidth to every side."""
+    for side in times.values():
+        if "bytes" in side:
+            side["gb_s"] = side["bytes"] / side["us"] / 1e3
+            side["share_of_copy"] = side["gb_s"] / copy_gb_s
 
 
-def cases(options: argparse.Namespace, generator: torch.Generator, known: set[tuple]) -> Iterator[tuple[dict[str, Any], int, dict[str, dict]]]:
-    """(facts of a case, bytes of its dense weight, its times) for every case that is not in `known`."""
-    dtype = getattr(torch, options.dtype)
+def cases(options: argparse.Namespace, known: set[tuple]) -> Iterator[dict[str, Any]]:
+    """The facts of every case that is not in `known`; cases of the same matrix follow each other."""
+    kinds = []
     if "linear" in options.part:
-        shapes = [shape for shape in LINEAR if not options.shapes or f"{shape[0]}x{shape[1]}" in options.shapes]
-        for (rows, columns), sparsity, pattern in itertools.product(shapes, options.sparsities, ("random", "vectors", "blocks")):
-            matrix = None
-            for batch in options.columns:
-                facts = {"kind": "linear", "name": f"{rows}x{columns}", "columns": batch, "pattern": pattern, "sparsity": sparsity}
-                if tuple(facts.values()) not in known:
-                    matrix = matrix or Matrix(rows, columns, sparsity, pattern, dtype, generator)
-                    yield facts, rows * columns * dtype.itemsize, matrix.measure(batch, not options.no_peers)
+        names = [f"{rows}x{columns}" for rows, columns in LINEAR]
+        kinds.append(("linear", names, ("random", "vectors", "blocks"), options.columns))
     if "conv" in options.part:
-        layers = [layer for layer in CONVOLUTIONS if not options.shapes or layer[0] in options.shapes]
-        for layer, sparsity, pattern, batch in itertools.product(layers, options.sparsities, ("random", "panels"), BATCHES):
-            label, inputs, outputs, kernel, size = layer
-            facts = {"kind": "conv", "name": label, "columns": batch, "pattern": pattern, "sparsity": sparsity}
-            if tuple(facts.values()) not in known:
-                times = convolution_case(inputs, outputs, kernel, size, batch, sparsity, pattern, dtype, generator)
-                yield facts, inputs * outputs * kernel**2 * dtype.itemsize, times
+        kinds.append(("conv", [layer[0] for layer in CONVOLUTIONS], ("random", "panels"), BATCHES))
+    for kind, names, patterns, batches in kinds:
+        chosen = [name for name in names if not options.shapes or name in options.shapes]
+        for name, sparsity, pattern, batch in itertools.product(chosen, options.sparsities, patterns, batches):
+            if (kind, name, batch, pattern, sparsity) not in known:
+                yield dict(zip(FACTS, (kind, name, batch, pattern, sparsity)))
 
 
-def plots(rows: list[dict], folder: Path, name: str) -> None:
+@functools.lru_cache(maxsize=1)
+def _matrix(name: str, pattern: str, sparsity: float, dtype: str, device: str) -> Matrix:
+    rows, columns = map(int, name.split("x"))
+    return Matrix(rows, columns, sparsity, pattern, getattr(torch, dtype), _generator(device, name, pattern, sparsity))
+
+
+def _generator(device: str, *facts: object) -> torch.Generator:
+    """The same masks whichever cases were measured before."""
+    return torch.Generator(device=device).manual_seed(zlib.crc32(repr(facts).encode()))
+
+
+def measure_case(job: dict[str, Any]) -> dict[str, dict]:
+    """The times of one case: its facts, with "dtype", "peers" and "device"."""
+    torch.backends.cudnn.benchmark = True
+    name, pattern, sparsity, device = job["name"], job["pattern"], job["sparsity"], job["device"]
+    with torch.no_grad():
+        if job["kind"] == "linear":
+            return _matrix(name, pattern, sparsity, job["dtype"], device).measure(job["columns"], job["peers"])
+        _, inputs, outputs, kernel, pixels = next(layer for layer in CONVOLUTIONS if layer[0] == name)
+        generator = _generator(device, name, pattern, sparsity)
+        return convolution_case(inputs, outputs, kernel, pixels, job["columns"], sparsity, pattern, getattr(torch, job["dtype"]), generator)
+
+
+def plots(rows: list[dict], folder: Path, name: str, itemsize: int) -> None:
     """Ratio against sparsity for every kind, pattern and number of columns; the fastest of this project's forms."""
     for kind, pattern, columns in sorted({(r["kind"], r["pattern"], r["columns"]) for r in rows}):
         curves: dict[str, list[tuple[float, float]]] = {}
@@ -210,7 +257,9 @@ def plots(rows: list[dict], folder: Path, name: str) -> None:
             if (r["kind"], r["pattern"], r["columns"]) == (kind, pattern, columns) and ratios:
                 curves.setdefault(r["name"], []).append((r["sparsity"], max(ratios)))
         if curves:
-            bound = byte_bound if pattern == "random" else lambda s: 1 / (1 - s)
+            def bound(sparsity: float, pattern: str = pattern) -> float:
+                return byte_bound(sparsity, itemsize) if pattern == "random" else 1 / (1 - sparsity)
+
             _timing.plot(folder / f"{name}_{kind}_{pattern}_{columns}.png", f"{kind}, {pattern} mask, N {columns}", curves, bound)
 
 
@@ -223,6 +272,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", nargs="+", type=int, default=list(COLUMNS), help="columns of x of the matrix products")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--no-peers", action="store_true", help="only dense and this project's kernels")
+    parser.add_argument("--retry", action="store_true", help="measure cases again that failed before")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further case after so long")
     parser.add_argument("--out", type=Path, default=_timing.RESULTS, help="folder of the results")
     return parser.parse_args(given)
@@ -232,23 +282,27 @@ def main() -> None:
     options = arguments()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels needs an NVIDIA GPU and none was found; benchmarks.kernels_cpu measures the CPU path")
-    started, device = time.monotonic(), torch.device("cuda")
-    torch.backends.cudnn.benchmark = True
+    started, device, dtype = time.monotonic(), torch.device("cuda"), getattr(torch, options.dtype)
     copy_gb_s = _timing.copy_bandwidth(device)
+    torch.cuda.empty_cache()
     suffix = "" if options.dtype == "bfloat16" else f"_{options.dtype}"
     name = "kernels_" + re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower() + suffix
-    rows = _timing.read(name, options.out)
-    known = {tuple(row[key] for key in ("kind", "name", "columns", "pattern", "sparsity")) for row in rows}
-    with torch.no_grad():
-        for facts, bytes_dense, times in cases(options, torch.Generator(device=device).manual_seed(0), known):
-            rows.append(facts | {"times": times})
-            describe(rows[-1], bytes_dense, copy_gb_s)
-            print(_timing.line(" ".join(map(str, facts.values())), times), flush=True)
-            _timing.write(name, device, rows, options.out)
-            if time.monotonic() - started > 60 * options.minutes:
-                print(f"stopped after {options.minutes:g} minutes; the same command goes on", flush=True)
-                break
-    plots(rows, options.out, name)
+    rows = [row for row in _timing.read(name, options.out) if not (options.retry and "failed" in row)]
+    known = {tuple(row[key] for key in FACTS) for row in _timing.of_machine(rows, device)}
+    worker = Worker(measure_case, CASE_SECONDS)
+    for facts in cases(options, known):
+        times = worker.run(facts | {"dtype": options.dtype, "peers": not options.no_peers, "device": "cuda"})
+        failed = {"failed": times["failed"]} if "failed" in times else {}
+        times = {} if failed else times
+        describe(times, copy_gb_s)
+        rows.append({"machine": device_name(device), **facts, **failed, "times": times})
+        print(_timing.line(" ".join(map(str, facts.values())), times or failed), flush=True)
+        _timing.write(name, device, rows, options.out)
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"stopped after {options.minutes:g} minutes; the same command goes on", flush=True)
+            break
+    worker.close()
+    plots(_timing.of_machine(rows, device), options.out, name, dtype.itemsize)
 
 
 if __name__ == "__main__":

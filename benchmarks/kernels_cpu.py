@@ -95,8 +95,9 @@ def plots(rows: list[dict]) -> None:
             curves: dict[str, list[tuple[float, float]]] = {}
             for r in rows:
                 if r["kind"] == kind and r["columns"] == columns:
-                    best = max((t["ratio"], n) for n, t in r["times"].items() if "ratio" in t and n != "dense")
-                    curves.setdefault(r["name"], []).append((r["sparsity"], best[0]))
+                    best = max((t["ratio"] for n, t in r["times"].items() if "ratio" in t and n != "dense"), default=None)
+                    if best is not None:
+                        curves.setdefault(r["name"], []).append((r["sparsity"], best))
             title = f"{kind}, {'columns' if kind == 'linear' else 'batch'} {columns}: best sparse form, CPU float32"
             _timing.plot(_timing.RESULTS / f"kernels_cpu_{kind}_{columns}.png", title, curves)
 

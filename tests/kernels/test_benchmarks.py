@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import _timing
 from benchmarks import kernels as gpu
-from kernels import timing
+from kernels import SparseLinear, formats, timing
 
 from .subprocesses import ROOT
 
@@ -34,7 +34,7 @@ def test_wrong_and_failing_forms_show_no_speed(monkeypatch):
     rows = _timing.compare(calls, expected, 0.1)
     assert rows["good"]["ratio"] == 2.0 and rows["dense"]["ratio"] == 1.0
     assert rows["off"] == {"wrong": pytest.approx(0.01, rel=1e-3)} and rows["nan"]["wrong"] == float("inf")
-    assert rows["fails"] == {"failed": "no such kernel"}
+    assert rows["fails"] == {"failed": "RuntimeError: no such kernel"}
     text = _timing.line("case", rows)
     assert "good 2.00 (1.82..2.22)" in text and "off wrong" in text and "fails failed" in text
 
@@ -42,6 +42,7 @@ def test_wrong_and_failing_forms_show_no_speed(monkeypatch):
 def test_byte_bound_of_run16():
     """16 bits over 21 bits per kept weight in nibbles, 25 in bytes."""
     assert gpu.byte_bound(0.5) == pytest.approx(1.52, abs=0.01) and gpu.byte_bound(0.9) == pytest.approx(6.4)
+    assert gpu.byte_bound(0.5, 4) == pytest.approx(2 * 32 / 37) and gpu.byte_bound(0.9, 4) == pytest.approx(10 * 32 / 41)
 
 
 @pytest.mark.parametrize("pattern, height, width", [("random", 1, 1), ("vectors", 64, 1), ("blocks", 64, 64), ("panels", 64, 16)])
@@ -77,9 +78,27 @@ def test_every_side_of_the_gpu_benchmark_computes_the_same(monkeypatch):
         assert {name for name, side in blocks.items() if "us" in side} >= {"dense", "vector_block 64", "vector_block 128"}
         conv = gpu.convolution_case(16, 64, 3, 6, 1, 0.8, "panels", torch.float32, generator)
         assert {name for name, side in conv.items() if "us" in side} == {"dense", "sparse_conv 64", "sparse_conv 128", "sparse_conv 64, full list"}
-    row = {"sparsity": 0.8, "times": {"dense": {"us": 10.0}, "run16 nibbles": {"us": 4.0}}}
-    gpu.describe(row, 40_000, 100.0)
-    assert row["times"]["dense"]["share_of_copy"] == pytest.approx(0.04) and row["times"]["run16 nibbles"]["weight_gb_s"] == pytest.approx(2.0)
+
+
+def test_bytes_of_every_side(monkeypatch):
+    """What a product reads and writes, by hand: dense, CSR with 64-bit indices, vector blocks with their lists, and 9 bits of 16 for 2:4."""
+    monkeypatch.setattr(timing, "copies_needed", lambda size, device: 1)
+    matrix = gpu.Matrix(128, 256, 0.5, "vectors", torch.bfloat16, torch.Generator().manual_seed(0))
+    layer, x = matrix.layer, torch.ones(8, 256, dtype=torch.bfloat16)
+    kept = int((layer.weight != 0).sum())
+    assert gpu.dense(layer, x).weight_bytes == 128 * 256 * 2
+    assert gpu.torch_csr(layer, x).weight_bytes == kept * 10 + 129 * 8
+    form = SparseLinear.from_dense(layer, format="vector_block", height=64)
+    assert gpu.weight_bytes(form.packed) == form.values.numel() * 2 + form.values.shape[0] * form.values.shape[1] * 4 + 3 * 4 + 2 * 4
+    two_four = SparseLinear.from_dense(layer, format="two_four")
+    assert gpu.weight_bytes(two_four.packed) - formats.pack("two_four", layer.weight).bytes == 0
+    side = gpu.Side([lambda: layer(x)], 1000)
+    monkeypatch.setattr(timing, "capture", lambda calls: calls)
+    monkeypatch.setattr(timing, "replay", lambda graphs: [timing.Timing(2.0, 1.0, 3.0, 5)])
+    times = gpu.compare({"dense": lambda: side}, x, x.double() @ layer.weight.double().t())
+    gpu.describe(times, 100.0)
+    assert times["dense"]["bytes"] == 1000 + 8 * 256 * 2 + 8 * 128 * 2
+    assert times["dense"]["gb_s"] == pytest.approx(times["dense"]["bytes"] / 2e3) and times["dense"]["share_of_copy"] == times["dense"]["gb_s"] / 100
 
 
 def test_a_side_that_cannot_be_captured_fails_alone(monkeypatch):
@@ -99,20 +118,9 @@ def test_a_side_that_cannot_be_captured_fails_alone(monkeypatch):
     assert "ratio" not in rows.get("rival", {}) and "dense failed" in _timing.line("case", rows)
 
 
-def test_cases_that_were_measured_are_skipped(monkeypatch):
-    measured = []
-
-    class Fake:
-        def __init__(self, rows, columns, *rest):
-            self.size = rows, columns
-
-        def measure(self, batch, peers):
-            measured.append((self.size, batch))
-            return {}
-
-    monkeypatch.setattr(gpu, "Matrix", Fake)
+def test_cases_that_were_measured_are_skipped():
     options = gpu.arguments(["--part", "linear", "--shapes", "3072x768", "--columns", "1", "8", "--sparsities", "0.9"])
-    known = {("linear", "3072x768", 1, "random", 0.9)}
-    facts = [facts for facts, size, _ in gpu.cases(options, torch.Generator(), known)]
-    assert measured == [((3072, 768), 8), *[((3072, 768), n) for n in (1, 8)] * 2]
+    facts = list(gpu.cases(options, {("linear", "3072x768", 1, "random", 0.9)}))
+    assert [(f["pattern"], f["columns"]) for f in facts] == [("random", 8), *((p, n) for p in ("vectors", "blocks") for n in (1, 8))]
     assert facts[0] == {"kind": "linear", "name": "3072x768", "columns": 8, "pattern": "random", "sparsity": 0.9}
+    assert len(list(gpu.cases(gpu.arguments(["--part", "conv"]), set()))) == len(gpu.CONVOLUTIONS) * 5 * 2 * 2
