@@ -20,6 +20,14 @@ def failure_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {first}" if first else type(failure).__name__
 
 
+def guarded(case: Case, job: dict[str, Any]) -> dict[str, Any]:
+    """The case's result, or {"failed": reason} where it raised."""
+    try:
+        return case(job)
+    except Exception as failure:
+        return {"failed": failure_line(failure)}
+
+
 def serve(connection: Connection, case: Case) -> None:
     """Answers each job of the connection with the case's result or {"failed": reason}, until there are no more."""
     while True:
@@ -27,11 +35,7 @@ def serve(connection: Connection, case: Case) -> None:
             job = connection.recv()
         except EOFError:
             return
-        try:
-            result = case(job)
-        except Exception as failure:
-            result = {"failed": failure_line(failure)}
-        connection.send(result)
+        connection.send(guarded(case, job))
 
 
 class Worker:

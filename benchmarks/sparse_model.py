@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from benchmarks import _timing
-from benchmarks._worker import failure_line
+from benchmarks._worker import Worker, guarded
 from compress.siblings import own
 from kernels import measure as measuring
 from kernels import sparsify, timing
 from kernels.table import device_name
 
+CASE_SECONDS = 3600.0
 CHECKED = 8  # images whose outputs are compared with float64
 SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 CASES = {"cifar": (10, 32, {"vgg16": "vgg16", "resnet50": "torchvision/resnet50"}),
@@ -70,6 +71,14 @@ def measure(name: str, classes: int, size: int, sparsity: float, batch: int, dev
             "errors": errors, "note": report.note}
 
 
+def measure_job(job: dict) -> dict:
+    """`measure` with its arguments as a dictionary that can be sent to another process."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(job["threads"])
+    given = (job[key] for key in ("network", "classes", "size", "sparsity", "batch"))
+    return measure(*given, torch.device(job["device"]), job["seconds"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +93,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    torch.backends.cudnn.benchmark = True
+    # On a GPU one broken network must not take the others with it.
+    worker = Worker(measure_job, CASE_SECONDS) if device.type == "cuda" else None
     name = f"sparse_model_{device.type}"
     rows = [row for row in _timing.read(name, options.out) if not (options.retry and "failed" in row)]
     known = {tuple(row[key] for key in ("model", "case", "batch", "sparsity")) for row in _timing.of_machine(rows, device)}
@@ -96,13 +106,14 @@ def main() -> None:
                     if (model, case, batch, sparsity) in known:
                         continue
                     row = {"machine": device_name(device), "model": model, "case": case, "batch": batch, "sparsity": sparsity}
-                    try:
-                        row |= measure(names[model], classes, size, sparsity, batch, device, options.seconds)
-                    except Exception as failure:
-                        row["failed"] = failure_line(failure)
+                    job = {"network": names[model], "classes": classes, "size": size, "sparsity": sparsity, "batch": batch,
+                           "device": options.device, "seconds": options.seconds, "threads": options.threads}
+                    row |= worker.run(job) if worker is not None else guarded(measure_job, job)
                     rows.append(row)
                     print(row, flush=True)
                     _timing.write(name, device, rows, options.out)
+    if worker is not None:
+        worker.close()
     rows = _timing.of_machine(rows, device)
     for case in options.cases:
         for batch in options.batches:

@@ -26,9 +26,9 @@ def warps_for(height: int, width: int) -> int:
     return 8 if height * width >= 128 * 64 or (height, width) == (128, 16) else 4
 
 
-def registers_for(height: int, width: int) -> int | None:
-    """Most registers per thread: of small tiles ptxas likes to make do with 64 on sm_80 and spills four, unless it is told that it need not."""
-    return 128 if height * width <= 128 * 16 else None
+def registers_for(width: int) -> int | None:
+    """Most registers per thread: of the narrowest tiles ptxas makes do with 64 on sm_80 and spills four, unless it is told that it need not."""
+    return 128 if width == WIDTHS[0] else None
 
 
 CONFIGS = tuple(
@@ -154,6 +154,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, batch, blocks, tiles, stride,
             V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(height, width)}),
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(width)}),
         )
     return y

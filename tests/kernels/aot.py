@@ -60,7 +60,7 @@ def vector_block(full: bool) -> Iterator[dict]:
                      "WIDEN": False, **FULL_EPILOGUE}
         constants |= {} if "tiles" in scalars else {"tiles": 1}
         built = build(vector_block_kernel, pointers, scalars, constants, capability, c["warps"], aligned=("x_stride",),
-                      maxnreg=registers_for(c["height"], c["width"]))
+                      maxnreg=registers_for(c["width"]))
         yield row("vector_block", f"{kind} {c}", capability, built, c["warps"], kind=kind, height=c["height"])
 
 

@@ -48,8 +48,8 @@ def test_a_case_that_kills_its_process_loses_only_itself():
 def test_rows_of_another_machine_are_kept_but_not_known(tmp_path):
     row = {"kind": "linear", "name": "a", "columns": 1, "sparsity": 0.5}
     good, bad = {"dense": {"us": 4.0}, "x": {"us": 2.0, "ratio": 2.0}}, {"dense": {"wrong": 4e-4}, "x": {"us": 1.0, "ratio": 1.0}}
-    path = _timing.write("t", CPU, [{**row, "times": good}, {**row, "machine": "another", "name": "b", "times": good}, {**row, "name": "c", "times": bad}],
-                         tmp_path)
+    given = [{**row, "times": good}, {**row, "machine": "another", "name": "b", "times": good}, {**row, "name": "c", "times": bad}]
+    path = _timing.write("t", CPU, given, tmp_path)
     rows = _timing.read("t", tmp_path)
     assert [r["machine"] for r in rows] == [device_name(CPU), "another", device_name(CPU)]
     assert [r["name"] for r in _timing.of_machine(rows, CPU)] == ["a", "c"]
