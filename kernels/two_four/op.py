@@ -1,11 +1,13 @@
 """The operator `compress_kernels::two_four_linear` and the packing that feeds it.
 
-On a GPU S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its algorithm is searched
-for once) and R through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix.
+On a GPU of capability 8.0 or higher S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its
+algorithm is searched for once) and R through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix.
 options = (coding of R,), as in run16.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -18,13 +20,21 @@ from . import reference
 
 MULTIPLE = 16
 BATCH_MULTIPLE = 8
-# Compressed forms of S by its `values` tensor: (version of the tensor, compressed, {batch: algorithm}); dropped with the tensor.
+CAPABILITY = (8, 0)
+# Compressed forms of S by its `values` tensor: (state of the tensor, compressed, {batch: algorithm}); dropped with the tensor.
 _compressed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@functools.cache
+def _has_library(device: torch.device) -> bool:
+    """Whether torch was built with cuSPARSELt and `device` has sparse tensor cores."""
+    library = getattr(torch.backends, "cusparselt", None)
+    return library is not None and library.is_available() and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def usable(x: Tensor, rows: int, columns: int) -> bool:
     """Whether cuSPARSELt takes the product."""
-    supported = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch, "_cslt_compress")
+    supported = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _has_library(x.device)
     return supported and rows % MULTIPLE == 0 and columns % MULTIPLE == 0
 
 
@@ -33,21 +43,33 @@ def _dense_s(values: Tensor, index, rows: int, columns: int) -> Tensor:
     return operator.decode(s, reference.positions_of_s(index[0], rows, columns), rows, columns)
 
 
+def _state(values: Tensor) -> tuple | None:
+    """What changes when `values` does (except through `.data`); None for an inference tensor, which counts no versions."""
+    return None if values.is_inference() else (values._version, values.data_ptr(), values.dtype, values.device)
+
+
+def _compressed_s(values: Tensor, index, rows: int, columns: int, keep: bool) -> tuple[Tensor, dict[int, int]]:
+    """S in cuSPARSELt's form and the algorithms found for it by batch; remembered if `keep`."""
+    now = _state(values)
+    entry = _compressed.get(values)
+    if entry is None or now is None or entry[0] != now:
+        entry = (now, torch._cslt_compress(_dense_s(values, index, rows, columns)), {} if entry is None or now else entry[2])
+        if keep:
+            _compressed[values] = entry
+    return entry[1], entry[2]
+
+
 def _sparse_tensor_cores(x: Tensor, values: Tensor, index, rows: int, columns: int) -> Tensor:
     """S x for x [N, columns], as [N, rows]."""
-    entry = _compressed.get(values)
-    if entry is None or entry[0] != values._version:
-        entry = (values._version, torch._cslt_compress(_dense_s(values, index, rows, columns)), {})
-        _compressed[values] = entry
-    _, compressed, algorithms = entry
+    # What is made while a graph is recorded holds numbers only when that graph runs, and no search can run: neither outlives the call.
+    recording = torch.cuda.is_current_stream_capturing()
+    compressed, algorithms = _compressed_s(values, index, rows, columns, not recording)
     batch = x.shape[0]
     padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
-    if padded != batch:
-        x = torch.nn.functional.pad(x, (0, 0, 0, padded - batch))
-    if padded not in algorithms:
-        searching = not torch.cuda.is_current_stream_capturing()
-        algorithms[padded] = torch._cslt_sparse_mm_search(compressed, x.t()) if searching else 0
-    return torch._cslt_sparse_mm(compressed, x.t(), alg_id=algorithms[padded]).t()[:batch]
+    x = torch.nn.functional.pad(x, (0, 0, 0, padded - batch)) if padded != batch else x.contiguous()
+    if padded not in algorithms and not recording:
+        algorithms[padded] = torch._cslt_sparse_mm_search(compressed, x.t())
+    return torch._cslt_sparse_mm(compressed, x.t(), alg_id=algorithms.get(padded, 0)).t()[:batch]
 
 
 def _launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str) -> Tensor:
