@@ -113,6 +113,7 @@ def save(model: nn.Module, plan: Plan, folder: str | Path, **info: Any) -> None:
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": hashlib.sha256(content).hexdigest(),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         **info,
     }
     write_json(folder / NETWORK, network)  # last: a folder with this file is complete
@@ -160,4 +161,17 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UserError(reason)
     apply_plan(model, plan)
     read_weights(model, content, str(folder / WEIGHTS))
+    _set_frozen(model, network, folder / NETWORK)
     return model.eval()
+
+
+def _set_frozen(model: nn.Module, network: dict[str, Any], source: Path) -> None:
+    """Which parameters are trained, as when the network was stored; networks stored without this entry keep what the fresh one has."""
+    if "frozen" not in network:
+        return
+    parameters, frozen = dict(model.named_parameters()), network["frozen"]
+    for name in frozen if isinstance(frozen, list) else [frozen]:
+        if not isinstance(name, str) or name not in parameters:
+            raise UserError(f'The "frozen" entry of {source} holds {name!r}, which is no parameter of the network; copy or create the folder again.')
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in frozen)

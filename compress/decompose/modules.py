@@ -103,7 +103,7 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     for name, child in children.items():
         # materialised one by one: initialising weights that are overwritten would only move the caller's random state
         child.weight = nn.Parameter(
-            factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(), reference.requires_grad
+            factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(), _trained(module, name)
         )
         if child.bias is not None:
             bias = layer_bias(module)
@@ -114,6 +114,12 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     if convolution:
         block.depthwise = factors.depthwise
     return block.train(module.training)
+
+
+def _trained(module: nn.Module, name: str) -> bool:
+    """Whether a new factor is trained: as the block's own factor of this name, else as its core; as the weight of a layer."""
+    factors = dict(module.named_children())
+    return next(factors.get(name, factors.get("core", module)).parameters()).requires_grad
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

@@ -197,9 +197,9 @@ def apply_round(model: nn.Module, scored: dict[str, Scored], kept: dict[str, Sid
         entry = scored[name]
         sides = Sides(*(side.to(entry.weight.device) for side in kept[name]))
         block = build_block(entry.module, propose(entry, sides, options_of(name, options, split)))
-        if options.fix_rotation:
+        if hasattr(block, "core"):  # two factors of a matrix have no rotation apart from what is trained
             for factor in ("input", "output"):
                 if hasattr(block, factor):
-                    getattr(block, factor).weight.requires_grad_(False)
+                    getattr(block, factor).weight.requires_grad_(block.core.weight.requires_grad and not options.fix_rotation)
         replace_module(model, name, block)
     return changed
