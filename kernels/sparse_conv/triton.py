@@ -17,6 +17,12 @@ from .. import convolution, device, precision
 from ..operator import interpreted
 
 STAGES = 3
+def registers_for(group: int) -> int | None:
+    """Most registers per thread: where channels are gathered one by one ptxas makes do with 128 on sm_100 and spills two, unless it is told
+    that it need not."""
+    return 224 if group == 1 else None
+
+
 CONFIGS = tuple(
     {"height": height, "step": 64, "pixels": pixels, "group": group, "splits": splits, "warps": 8 if height * pixels >= 128 * 64 else 4}
     for height in (64, 128)
@@ -137,6 +143,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, pixels, blocks, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
             V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps,
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group)}),
         )
     return y.permute(0, 3, 1, 2)

@@ -65,7 +65,7 @@ def vector_block(full: bool) -> Iterator[dict]:
 
 
 def sparse_conv(full: bool) -> Iterator[dict]:
-    from kernels.sparse_conv.triton import CONFIGS, sparse_conv_kernel
+    from kernels.sparse_conv.triton import CONFIGS, registers_for, sparse_conv_kernel
 
     chosen = [("bf16", c) for c in CONFIGS if c["splits"] == 1 and c["height"] == 64 and c["pixels"] == 128 and c["group"] == 16]
     chosen += [("fp16", {**CONFIGS[0], "group": 1, "splits": 4})]
@@ -86,7 +86,8 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         # A network's last layer may have any number of channels.
         for aligned, blocks in ((("rows",), {}), ((), {}), ((), {"blocks": 1})):
             sizes = {name: of for name, of in scalars.items() if name not in blocks}
-            built = build(sparse_conv_kernel, pointers, sizes, {**constants, **blocks}, capability, c["warps"], aligned=aligned)
+            built = build(sparse_conv_kernel, pointers, sizes, {**constants, **blocks}, capability, c["warps"], aligned=aligned,
+                          maxnreg=registers_for(c["group"]))
             yield row("sparse_conv", f"{kind} {c} aligned {aligned} {blocks}", capability, built, c["warps"], kind=kind, group=c["group"])
 
 
