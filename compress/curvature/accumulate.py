@@ -26,7 +26,10 @@ SHARINGS = ("expand", "reduce")
 
 
 class Sums:
-    """Float64 sums of one layer; see `collect` for the options. `input_rows` counts windows over all images, decayed like the sums."""
+    """Float64 sums of one layer; see `collect` for the options.
+
+    `input_rows` counts windows over all images, decayed like the sums; `arrivals` counts gradients that came back, zero ones too.
+    """
 
     def __init__(
         self, name: str, geometry: Geometry, patch: str, sharing: str, bias: bool, positions: int | None, device: torch.device
@@ -39,7 +42,7 @@ class Sums:
         double = {"dtype": torch.float64, "device": device}
         self.inputs, self.means = torch.zeros(g, width, width, **double), torch.zeros(g, width, **double)
         self.gradients = torch.zeros(g, geometry.outputs // g, geometry.outputs // g, **double)
-        self.input_rows = 0.0
+        self.input_rows, self.arrivals = 0.0, 0
         self.input_shape: tuple[int, ...] = ()
 
     def decay(self, factor: float) -> None:
@@ -47,6 +50,20 @@ class Sums:
         for tensor in self.tensors():
             tensor.mul_(factor)
         self.input_rows *= factor
+
+    def add_mean(self, x: Tensor) -> None:
+        """One call's input [b, k, c, h, w] (`ImageRows.split`) for sharing "reduce"."""
+        rows, columns = self.geometry.positions(tuple(self.geometry.pad(x[:1, 0]).shape[2:]))
+        self.input_shape = tuple(x.shape[2:] if self.geometry.convolution else x[0, 0, :, 0].T.shape)
+        self.input_rows += x.shape[0] * x.shape[1] * rows * columns
+        windows = mean_patches(x.flatten(0, 1), self.geometry).unflatten(0, x.shape[:2]).mean(1).permute(1, 2, 0)
+        self.inputs += windows @ windows.transpose(1, 2)
+        self.means += windows.sum(-1)
+
+    def add_whole(self, gradient: Tensor) -> None:
+        """One call's output gradient [b, k, o, h, w] for sharing "reduce", scaled as for `add_gradient`."""
+        self.arrivals += 1
+        add_rows(self.gradients, None, working(gradient).sum((1, 3, 4), dtype=torch.float64).unsqueeze(2), self.geometry.groups)
 
     def add_input(self, x: Tensor, images: int, generator: torch.Generator) -> None:
         """One call's input."""
@@ -61,11 +78,7 @@ class Sums:
         rows, columns = geometry.positions((height, width))
         total = rows * columns
         self.input_rows += x.shape[0] * total
-        if self.sharing == "reduce":
-            windows = mean_patches(x, geometry).permute(1, 2, 0)
-            self.inputs += windows @ windows.transpose(1, 2)
-            self.means += windows.sum(-1)
-        elif self.by_patch and self.positions is not None and total > self.positions:
+        if self.by_patch and self.positions is not None and total > self.positions:
             chosen = self._choose(total, generator).to(x.device)
             windows = unfold_at(geometry.pad(working(x)), geometry, chosen // columns, chosen % columns)
             self._scaled(self.inputs, self.means, windows, total / self.positions)
@@ -78,15 +91,14 @@ class Sums:
 
     def add_gradient(self, gradient: Tensor, images: int, generator: torch.Generator) -> None:
         """One call's output gradient, already scaled so that the sum over backward passes is the Fisher average."""
+        self.arrivals += 1
         gradient = working(gradient)
         if not self.geometry.convolution:
             gradient = _by_image(gradient, images).transpose(1, 2)
         else:
             gradient = gradient.reshape(-1, self.geometry.outputs, *gradient.shape[-2:]).flatten(2)
         total = gradient.shape[2]
-        if self.sharing == "reduce":
-            gradient = gradient.sum(2, keepdim=True, dtype=torch.float64)
-        if self.positions is not None and self.sharing == "expand" and total > self.positions:
+        if self.positions is not None and total > self.positions:
             chosen = self._choose(total, generator).to(gradient.device)
             self._scaled(self.gradients, None, flat(gradient[:, :, chosen], self.geometry.groups), total / self.positions)
         else:
@@ -125,7 +137,10 @@ class Sums:
 
 
 def _by_image(x: Tensor, images: int) -> Tensor:
-    """[..., features] as [images, T, features]; as one image where the rows do not divide by the images."""
+    """[..., features] as [images, T, features]; as one image where the rows do not divide by the images.
+
+    Rows may come to lie with another image: sums over all rows, or over equally likely ones, do not ask whose they are.
+    """
     rows = x.numel() // x.shape[-1]
     return x.reshape(images if rows % images == 0 else 1, -1, x.shape[-1])
 
@@ -136,8 +151,9 @@ def sum_over_processes(sums: dict[str, Sums], images: float, count: int) -> tupl
         return images, count
     sum_(tensor for entry in sums.values() for tensor in entry.tensors())
     device = next(iter(sums.values())).inputs.device
-    numbers = torch.tensor([images, float(count), *(entry.input_rows for entry in sums.values())], dtype=torch.float64, device=device)
+    rows, arrivals = ([float(getattr(entry, kind)) for entry in sums.values()] for kind in ("input_rows", "arrivals"))
+    numbers = torch.tensor([images, float(count), *rows, *arrivals], dtype=torch.float64, device=device)
     sum_([numbers])
-    for entry, rows in zip(sums.values(), numbers[2:].tolist(), strict=True):
-        entry.input_rows = rows
+    for entry, rows, arrivals in zip(sums.values(), *numbers[2:].unflatten(0, (2, -1)).tolist(), strict=True):
+        entry.input_rows, entry.arrivals = rows, int(arrivals)
     return float(numbers[0]), int(numbers[1])

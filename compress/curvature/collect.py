@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 from compress.curvature.accumulate import PATCHES, SHARINGS, Sums, sum_over_processes
 from compress.curvature.capture import Tape, preserved
 from compress.curvature.fisher import check, cotangents
-from compress.curvature.feed import Batches, find_layers, forward, unpack, with_last
+from compress.curvature.feed import Batches, find_layers, forward, no_gradient, unpack, with_last
 from compress.curvature.geometry import geometry
+from compress.curvature.images import ImageRows
 from compress.curvature.layer_factors import LayerFactors
 from compress.curvature.per_sample import ekfac as measure_second
 from compress.curvature.processes import own_generator
 from compress.errors import RunError, UserError
 
 
+@torch.inference_mode(False)  # a caller's inference mode would allow no gradients
 def collect(
     model: nn.Module,
     batches: Batches,
@@ -50,7 +53,8 @@ def collect(
         class weighted by its probability, one backward pass per output number), or "empirical" (the given labels).
     patch: "full" (second moment of the whole window), "channel" (of its channels, averaged over the kernel offsets), or "pixel" (of the
         channels, every input pixel once). Windows of 1x1 and linear layers are the same for "full" and "channel".
-    sharing: "expand" (positions independent), or "reduce" (window averaged and gradient summed over the positions first).
+    sharing: "expand" (positions independent), or "reduce" (window averaged and gradient summed over an image's positions first; where a
+        layer's images are is measured, see `images`).
     bias: give A a row for the bias where the layer has one and A is over whole windows.
     positions: use only so many random positions per image and layer, rescaled: unbiased, cheaper. None: all.
     loss: "cross_entropy" on logits, or "mse" (half the squared distance), summed per image.
@@ -65,7 +69,7 @@ def collect(
 
     Raises
     ------
-    UserError: wrong options, no images, a named layer that no image reached. RunError: NaN or infinity reached a layer.
+    UserError: wrong options, no images, a named layer that no image reached, a layer that images reached and no gradient. RunError: NaN or infinity reached a layer.
     """
     check(fisher, loss, samples)
     _check_options(patch, sharing, positions, decay)
@@ -75,18 +79,29 @@ def collect(
         batches = list(batches)
     sums: dict[str, Sums] = {}
     order: list[str] = []
+    rows = ImageRows(model, modules) if sharing == "reduce" else None
     current = {"images": 0}
+    calls: Counter[str] = Counter()
 
     def on_input(name: str, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             if name not in order:
                 order.append(name)
-            sums[name].add_input(x.detach(), current["images"], generator)
+            if rows is None:
+                sums[name].add_input(x.detach(), current["images"], generator)
+            else:
+                sums[name].add_mean(rows.split(name, calls[name], x.detach()))
+        calls[name] += 1
 
     def on_output(name: str, _: Tensor) -> Any:
+        call = calls[name] - 1
+
         def hook(gradient: Tensor) -> None:
             with torch.autocast(gradient.device.type, enabled=False):
-                sums[name].add_gradient(gradient, current["images"], generator)
+                if rows is None:
+                    sums[name].add_gradient(gradient, current["images"], generator)
+                else:
+                    sums[name].add_whole(rows.split(name, call, gradient))
 
         return hook
 
@@ -102,6 +117,9 @@ def collect(
                 images *= decay
                 for entry in sums.values():
                     entry.decay(decay)
+            if rows is not None:
+                rows.start(arguments, current["images"])
+            calls.clear()
             with Tape(modules, on_input, on_output) as tape:
                 output = forward(model, arguments)
                 for cotangent, last in with_last(cotangents(output, labels, fisher, loss, samples, generator)):
@@ -144,7 +162,9 @@ def _finish(sums: dict[str, Sums], order: list[str], images: float, count: int, 
     for name in list(sums):
         entry = sums.pop(name)
         if entry.input_rows:
+            if not entry.arrivals:
+                raise no_gradient(name)
             factors[name] = entry.finish(images, count)
         elif named:
-            raise UserError(f"Layer {name!r} was named for statistics, but no calibration image reached it.")
+            raise UserError(f"Layer {name!r} was named for statistics, but no calibration image reached it as a module; exclude it.")
     return factors

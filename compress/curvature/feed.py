@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compress.curvature.geometry import KINDS
 from compress.errors import UserError
 from compress.registry import nearest
+from compress.undisturbed import differentiable
 
 Batches = Iterable[Any]
 
@@ -40,8 +41,11 @@ def find_layers(model: nn.Module, layers: Iterable[str] | None = None) -> dict[s
 
 def unpack(batch: Any) -> tuple[tuple, Tensor | None, int]:
     """(positional arguments, labels, images) of a batch: a tensor, (inputs,), or (inputs, labels) with a tensor or tuple of inputs."""
+    batch = differentiable(batch)
     inputs, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    # gradients that inputs ask for are not wanted here
+    arguments = tuple(part.detach() if isinstance(part, Tensor) else part for part in arguments)
     return arguments, labels, arguments[0].shape[0]
 
 
@@ -51,6 +55,13 @@ def forward(model: nn.Module, arguments: tuple) -> Tensor:
     if not isinstance(output, Tensor):
         raise UserError(f"The network returned a {type(output).__name__}; wrap it so that it returns its logits as one tensor.")
     return output
+
+
+def no_gradient(name: str) -> UserError:
+    """The error for a layer that was to be measured and got no gradient."""
+    return UserError(
+        f"No gradient reached layer {name!r} (it runs without gradients, outside its module, or its output is unused); exclude it."
+    )
 
 
 def with_last(items: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:

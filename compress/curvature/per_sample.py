@@ -10,15 +10,16 @@ is nearer to the block.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from compress.curvature.capture import Tape, preserved
-from compress.curvature.feed import Batches, find_layers, forward, unpack, with_last
+from compress.curvature.feed import Batches, find_layers, forward, no_gradient, unpack, with_last
 from compress.curvature.fisher import check, cotangents
 from compress.curvature.geometry import Geometry, geometry
+from compress.curvature.images import ImageRows
 from compress.curvature.layer_factors import LayerFactors
 from compress.curvature.moments import images_per_chunk, natural_order, unfold, working
 from compress.curvature.processes import broadcast_, own_generator, sum_
@@ -35,12 +36,14 @@ class _Calls:
         self.gradients: dict[int, Tensor] = {}
 
 
+@torch.inference_mode(False)  # a caller's inference mode would allow no gradients
 def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], visitor: Visitor, *, fisher: str = "true", samples: int = 1,
           loss: str = "cross_entropy", generator: torch.Generator | None = None, bias: bool = True, training: bool = False) -> int:
     """Calls `visitor(layer name, gradients [b, groups, g, d], images)` for every layer, backward pass and chunk of images.
 
     The squares of the gradients add up to the Fisher matrix per image: samples are scaled by their number, classes by their
-    probability. `images` is the slice of all images seen so far. Returns the number of images of this process.
+    probability. `images` is the slice of all images seen so far. Layers that no gradient reaches are not visited. Returns the number of
+    images of this process.
 
     Raises
     ------
@@ -49,6 +52,7 @@ def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], vis
     check(fisher, loss, samples)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     shapes = {name: geometry(module) for name, module in modules.items()}
+    rows = ImageRows(model, modules)
     calls: dict[str, _Calls] = defaultdict(_Calls)
     count = 0
     images = 0
@@ -76,9 +80,9 @@ def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], vis
                 raise RunError(
                     f"The input of layer {name!r} was overwritten in place before its gradient arrived; make that operation not in place."
                 )
-            pairs.append((x, gradient))
+            pairs.append((rows.split(name, index, x), rows.split(name, index, gradient)))
         with torch.autocast(pairs[0][0].device.type, enabled=False):
-            for chunk, value in _gradients(name, pairs, shapes[name], images, bias):
+            for chunk, value in _gradients(pairs, shapes[name], images, bias):
                 visitor(name, value, slice(count + chunk.start, count + chunk.stop))
 
     with preserved(model, training), torch.enable_grad():
@@ -86,6 +90,7 @@ def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], vis
             arguments, labels, images = unpack(batch)
             if images == 0:
                 continue
+            rows.start(arguments, images)
             with Tape(modules, on_input, on_output) as tape:
                 output = forward(model, arguments)
                 for cotangent, last in with_last(cotangents(output, labels, fisher, loss, samples, generator)):
@@ -99,34 +104,21 @@ def visit(model: nn.Module, batches: Batches, modules: dict[str, nn.Module], vis
     return count
 
 
-def _gradients(name: str, pairs: list[tuple[Tensor, Tensor]], shape: Geometry, images: int, bias: bool):
-    """(slice of the batch, per-image gradients [b, groups, g, d]) over chunks of images."""
+def _gradients(pairs: list[tuple[Tensor, Tensor]], shape: Geometry, images: int, bias: bool) -> Iterator[tuple[slice, Tensor]]:
+    """(slice of the batch, per-image gradients [b, groups, g, d]) over chunks of images; pairs [b, k, c, h, w] and [b, k, o, h', w']."""
     g, outputs, width = shape.groups, shape.outputs // shape.groups, shape.window
     with_bias = bias and shape.bias
-    prepared, largest = [], outputs * (width + with_bias) * g
-    for x, gradient in pairs:
-        if not shape.convolution:
-            if x.numel() // x.shape[-1] % images:
-                raise UserError(
-                    f"The rows of layer {name!r} do not divide by the images of a batch, so that no image has its own gradient; exclude it."
-                )
-            x = x.reshape(images, -1, x.shape[-1]).transpose(1, 2).unsqueeze(2)
-            gradient = gradient.reshape(images, -1, gradient.shape[-1]).transpose(1, 2).unsqueeze(2)
-        elif x.shape[0] != images:
-            raise UserError(
-                f"Layer {name!r} saw {x.shape[0]} inputs for {images} images, so that single images' gradients are unknown; exclude it."
-            )
-        prepared.append((x, gradient))
-        largest = max(largest, gradient[0, 0].numel() * width * g)
-    step = images_per_chunk(3 * largest * 4)
+    windows_per_image = max(gradient[0, :, 0].numel() for _, gradient in pairs)
+    step = images_per_chunk(3 * 4 * max(outputs * (width + with_bias) * g, windows_per_image * width * g))
     for start in range(0, images, step):
         chunk = slice(start, min(start + step, images))
         total: Tensor | None = None
-        for x, gradient in prepared:
-            padded = shape.pad(working(x[chunk]))
-            back = working(gradient[chunk]).reshape(padded.shape[0], g, outputs, -1)
+        for x, gradient in pairs:
+            padded = shape.pad(working(x[chunk]).flatten(0, 1))
+            back = working(gradient[chunk]).transpose(1, 2)
+            back = back.reshape(len(back), g, outputs, -1)
             positions = shape.positions(tuple(padded.shape[2:]))
-            windows = unfold(padded, shape, *positions).reshape(g, width, padded.shape[0], -1)
+            windows = unfold(padded, shape, *positions).reshape(g, width, len(back), -1)
             value = natural_order(back @ windows.permute(2, 0, 3, 1), shape, 1)
             if with_bias:
                 value = torch.cat([value, back.sum(-1, keepdim=True)], -1)
@@ -134,13 +126,15 @@ def _gradients(name: str, pairs: list[tuple[Tensor, Tensor]], shape: Geometry, i
         yield chunk, total
 
 
-def _reduce(tensors: list[Tensor], count: int) -> int:
-    """Sums over processes in place; the number of images of all of them."""
-    number = torch.tensor([float(count)], dtype=torch.float64, device=tensors[0].device)
-    sum_([*tensors, number])
-    return int(number)
+def _reduce(totals: dict[str, Tensor], reached: set[str], count: int) -> tuple[set[str], int]:
+    """Sums over processes in place; the layers that a gradient reached in any of them, and the number of all their images."""
+    numbers = torch.tensor([float(count), *(name in reached for name in totals)], dtype=torch.float64, device=next(iter(totals.values())).device)
+    sum_([*totals.values(), numbers])
+    count, *arrivals = numbers.tolist()
+    return {name for name, number in zip(totals, arrivals, strict=True) if number}, int(count)
 
 
+@torch.inference_mode(False)
 def ekfac(
     model: nn.Module,
     batches: Batches,
@@ -156,11 +150,12 @@ def ekfac(
 
     Raises
     ------
-    UserError, RunError: as `visit`; no images.
+    UserError, RunError: as `visit`; no images, a layer that no gradient reached.
     """
     modules, generator = find_layers(model, factors), own_generator(generator)
     bases: dict[str, tuple[Tensor, Tensor]] = {}
     totals: dict[str, Tensor] = {}
+    reached: set[str] = set()
     for name, entry in factors.items():
         spectrum_a, spectrum_g = entry.eigen()
         broadcast_([*spectrum_a, *spectrum_g])  # machines may resolve equal eigenvalues differently, and the sums must share one basis
@@ -172,6 +167,7 @@ def ekfac(
         totals[name] = torch.zeros(entry.groups, q_g.shape[-1], q_a.shape[-1], *offsets, dtype=torch.float64, device=q_a.device)
 
     def add(name: str, gradients: Tensor, _: slice) -> None:
+        reached.add(name)
         q_a, q_g = bases[name]
         entry, total = factors[name], totals[name]
         if total.ndim == 4:
@@ -186,34 +182,42 @@ def ekfac(
             )
 
     count = visit(model, batches, modules, add, fisher=fisher, samples=samples, loss=loss, generator=generator, training=training)
-    count = _reduce(list(totals.values()), count)
+    reached, count = _reduce(totals, reached, count)
     if count == 0:
         raise UserError("No image was given for the EKFAC pass; batches must be readable twice (a list, not a generator).")
     for name, total in totals.items():
+        if name not in reached:
+            raise no_gradient(name)
         factors[name].second = (total / count)[0] if factors[name].groups == 1 else total / count
 
 
+@torch.inference_mode(False)
 def squared_gradients(model: nn.Module, batches: Batches, layers: Iterable[str] | None = None, *, fisher: str = "true", samples: int = 1,
                       loss: str = "cross_entropy", generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """F_ij = E_n[(dL_n / dw_ij)^2] of every layer's weight, flattened over groups to [o, d] without bias, float64.
 
+    layers: names; None for all that a gradient reaches.
+
     Raises
     ------
-    UserError, RunError: as `visit`; no images.
+    UserError, RunError: as `visit`; no images, a named layer that no gradient reached.
     """
     modules, generator = find_layers(model, layers), own_generator(generator)
-    totals: dict[str, Tensor] = {}
+    reached: set[str] = set()
+    totals = {}
+    for name, module in modules.items():
+        shape = geometry(module)
+        totals[name] = torch.zeros(shape.outputs, shape.window, dtype=torch.float64, device=next(module.parameters()).device)
 
     def add(name: str, gradients: Tensor, _: slice) -> None:
-        squares = gradients.square().sum(0, dtype=torch.float64).flatten(0, 1)
-        totals[name] = totals[name] + squares if name in totals else squares
+        reached.add(name)
+        totals[name] += gradients.square().sum(0, dtype=torch.float64).flatten(0, 1)
 
     count = visit(model, batches, modules, add, fisher=fisher, samples=samples, loss=loss, generator=generator, bias=False)
-    for name, module in modules.items():
-        if name not in totals:
-            shape = geometry(module)
-            totals[name] = torch.zeros(shape.outputs, shape.window, dtype=torch.float64, device=next(module.parameters()).device)
-    count = _reduce([totals[name] for name in modules], count)
+    reached, count = _reduce(totals, reached, count)
     if count == 0:
         raise UserError("No image was given to measure gradients on; give at least one batch of calibration images.")
-    return {name: totals[name] / count for name in modules}
+    for name in totals:
+        if name not in reached and layers is not None:
+            raise no_gradient(name)
+    return {name: total / count for name, total in totals.items() if name in reached}
