@@ -36,7 +36,7 @@ def cotangents(logits: Tensor, labels: Tensor | None, fisher: str, loss: str, sa
 
     Raises
     ------
-    UserError: logits without a batch and a class dimension, or `empirical` without labels.
+    UserError: logits without a batch and a class dimension, or `empirical` without labels or with labels that do not fit.
     """
     logits = logits.detach()
     if logits.ndim < 2:
@@ -53,15 +53,24 @@ def cotangents(logits: Tensor, labels: Tensor | None, fisher: str, loss: str, sa
 
 
 def _from_labels(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
+    # p - 1 of a confident network is lost where p itself is rounded to a half type
+    precise = logits.double()
     if loss == "mse":
-        return logits - labels.to(logits)
-    return logits.softmax(1) - one_hot(labels.to(logits.device), logits)
+        return (precise - labels.to(precise)).to(logits)
+    labels = labels.to(logits.device)
+    if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point():
+        raise UserError(f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit outputs of shape {tuple(logits.shape)}.")
+    outside = labels[(labels < 0) | (labels >= logits.shape[1])]
+    if len(outside):
+        raise UserError(
+            f"A label is {int(outside[0])}, expected 0 to {logits.shape[1] - 1} for outputs of {logits.shape[1]} classes; "
+            "leave such images out, or use the fisher 'true', which needs no labels."
+        )
+    return (precise.softmax(1) - one_hot(labels, precise)).to(logits)
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels [b, ...] as ones at their class in the logits' shape [b, classes, ...]; UserError where they do not fit."""
-    if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point():
-        raise UserError(f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit outputs of shape {tuple(logits.shape)}.")
+    """Labels [b, ...] as ones at their class in the logits' shape [b, classes, ...]."""
     return functional.one_hot(labels.long(), logits.shape[1]).movedim(-1, 1).to(logits)
 
 
@@ -78,7 +87,8 @@ def _sampled(logits: Tensor, loss: str, generator: torch.Generator) -> Tensor:
 def _exact(logits: Tensor, loss: str) -> Iterator[Tensor]:
     classes = logits.shape[1]
     positions = logits[0, 0].numel()
-    p = logits.softmax(1).flatten(2) if logits.ndim > 2 else logits.softmax(1)[..., None]
+    p = logits.double().softmax(1)
+    p = p.flatten(2) if logits.ndim > 2 else p[..., None]
     for position in range(positions):
         for label in range(classes):
             out = torch.zeros_like(p)
@@ -88,4 +98,4 @@ def _exact(logits: Tensor, loss: str) -> Iterator[Tensor]:
                 out[:, :, position] = p[:, :, position]
                 out[:, label, position] -= 1
                 out *= p[:, label, position].sqrt()[:, None, None]
-            yield out.reshape(logits.shape)
+            yield out.reshape(logits.shape).to(logits)
