@@ -51,10 +51,9 @@ def check_damping(damping: float) -> None:
 
 
 def check_moments(A: Tensor, G: Tensor, weight: Tensor) -> None:
-    """UserError unless A is square over the patches (with or without bias) or channels, and G over the outputs, of the weight."""
+    """UserError unless A is square over the flattened inputs (with or without bias) or channels, and G over the outputs."""
     o, c, columns = weight.shape[0], weight.shape[1], weight[0].numel()
-    # one for matrices and 1x1 kernels, whose patches are their channels
-    sizes = {columns: "patches", columns + 1: "patches and bias", c: "channels"}
+    sizes = {c: "channels"} | {columns: "inputs", columns + 1: "inputs and bias"}
     _check_square("A", A, weight, sizes)
     _check_square("G", G, weight, {o: "outputs"})
 

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from compress.curvature.linalg import Spectrum, eigh
 from compress.curvature.quadratic import channel_moment
+from compress.decompose.checks import check_moments, check_rank, check_ranks, check_second, check_weight
 from compress.decompose.factors import Factors
-from compress.decompose.unweighted import check_rank, check_weight, cp
+from compress.decompose.unweighted import cp
+from compress.errors import UserError
+
+SPLITS = ("cp", "svd")
 
 
 def bases(weight: Tensor, A: Tensor, G: Tensor, name: str = "layer") -> tuple[Spectrum, Spectrum]:
@@ -63,10 +67,12 @@ def eigendamage(weight: Tensor, A: Tensor, G: Tensor, ranks: tuple[int, int], se
 
     Raises
     ------
-    UserError: ranks out of range, A or G of another layer. RunError: A or G not finite.
+    UserError: no pair of ranks in range, A, G or `second` of another layer. RunError: A or G not finite.
     """
     check_weight(weight)
-    r_out, r_in = check_rank("output rank", ranks[0], weight.shape[0]), check_rank("input rank", ranks[1], weight.shape[1])
+    r_out, r_in = check_ranks(ranks, weight)
+    check_moments(A, G, weight)
+    check_second(second, weight)
     spectrum_in, spectrum_out = bases(weight, A, G)
     rows, columns = importance(weight, spectrum_in, spectrum_out, second)
     return keep_coordinates(weight, spectrum_in.vectors, spectrum_out.vectors, top(rows, r_out), top(columns, r_in))
@@ -91,9 +97,13 @@ def depthwise(factors: Factors, rank: int | None = None, method: str = "cp") -> 
 
     Raises
     ------
-    UserError: rank out of range.
+    UserError: rank out of range, unknown method, or factors without an ungrouped kh x kw core.
     """
     core = factors.core
+    if method not in SPLITS:
+        raise UserError(f"Unknown way to split a core {method!r}; known: {', '.join(SPLITS)}.")
+    if core is None or core.ndim != 4 or factors.depthwise or factors.groups > 1:
+        raise UserError("The depthwise variant needs factors with a core [r_o, r_c, kh, kw] in one group that is not depthwise already.")
     rank = min(core.shape[:2]) if rank is None else rank
     if method == "cp":
         return merge_outer(factors, cp(core, rank))

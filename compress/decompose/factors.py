@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compress.errors import UserError
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -68,6 +70,36 @@ class Factors:
         first = parts[0]
         stacked = {name: torch.cat([part.tensors[name] for part in parts]) for name in first.tensors}
         return replace(first, **stacked, groups=len(parts))
+
+
+def composed_shape(factors: Factors) -> tuple[int, ...]:
+    """The shape of `recompose(factors)`, from the shapes alone.
+
+    Raises
+    ------
+    UserError: no factor, or neighbours that do not compose.
+    """
+    tensors, g = factors.tensors, factors.groups
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if not tensors:
+        raise UserError("The factors are empty; give at least one of input, core and output.")
+    first, last = next(iter(shapes.values())), list(shapes.values())[-1]
+    kernels = [shape[2:] for shape in shapes.values() if len(shape) == 4]
+    # a kernel split in space: one factor may span an axis, the other is 1 there
+    crossed = len(kernels) == 2 and any(min(sizes) > 1 for sizes in zip(*kernels, strict=True))
+    dimensions = {"input": (2,), "core": (4,) if factors.depthwise else (2, 4), "output": (2, 4) if len(kernels) == 2 or len(tensors) == 1 else (2,)}
+    fits = all(len(shape) in dimensions[name] and min(shape) > 0 and shape[0] % g == 0 for name, shape in shapes.items()) and not crossed
+    if fits and factors.depthwise:
+        fits = len(tensors) == 3 and shapes["core"][1] == 1 and len(last) == 2 and first[0] == shapes["core"][0] == last[1] * g
+    elif fits:
+        pairs = zip(list(shapes.values())[:-1], list(shapes.values())[1:], strict=True)
+        fits = all(before[0] == after[1] * g for before, after in pairs)
+    if not fits:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        form = "depthwise " if factors.depthwise else ""
+        raise UserError(f"The {form}factors {found} do not compose in {g} groups; each must read as many channels as the one before it gives.")
+    kernel = tuple(max(sizes) for sizes in zip(*kernels, strict=True)) if kernels else ()
+    return (last[0], first[1], *kernel)
 
 
 def recompose(factors: Factors) -> Tensor:

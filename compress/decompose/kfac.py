@@ -13,8 +13,9 @@ from torch import Tensor
 
 from compress.curvature.linalg import Spectrum, damp, damped, eigh, kron, power
 from compress.curvature.quadratic import channel_moment, patch_moment
+from compress.decompose.checks import check_damping, check_moments, check_rank, check_ranks, check_sweeps, check_weight
 from compress.decompose.factors import Factors, orthonormalise
-from compress.decompose.unweighted import SVD_MODES, check_rank, check_weight, from_matrices, hooi, matricise
+from compress.decompose.unweighted import SVD_MODES, from_matrices, hooi, matricise
 from compress.errors import UserError
 
 DAMPING = 1e-4
@@ -31,6 +32,8 @@ def _roots(moment: Tensor, name: str, damping: float) -> tuple[Tensor, Tensor, S
 def whitened_spectrum(weight: Tensor, A: Tensor, G: Tensor, damping: float = DAMPING) -> Tensor:
     """Singular values of M = G^(1/2) W A^(1/2), descending, float64; D(r) of `kfac_svd` is half the sum of squares of those after r."""
     check_weight(weight)
+    check_moments(A, G, weight)
+    check_damping(damping)
     root_a, root_g = (_roots(moment, name, damping)[0] for moment, name in ((patch_moment(A, weight), "A"), (G, "G")))
     return torch.linalg.svdvals(root_g @ weight.detach().double().flatten(1) @ root_a)
 
@@ -42,9 +45,11 @@ def kfac_svd(weight: Tensor, A: Tensor, G: Tensor, rank: int, mode: str = "outpu
 
     Raises
     ------
-    UserError: rank or mode out of range, A or G of another layer. RunError: A or G not finite.
+    UserError: rank or mode out of range, A or G of another layer, negative damping. RunError: A or G not finite.
     """
     check_weight(weight)
+    check_moments(A, G, weight)
+    check_damping(damping)
     if mode not in SVD_MODES:
         raise UserError(f"Unknown SVD mode {mode!r}; known: {', '.join(SVD_MODES)}.")
     dense = weight.detach().double()
@@ -85,10 +90,13 @@ def kfac_tucker2(weight: Tensor, A: Tensor, G: Tensor, ranks: tuple[int, int], r
 
     Raises
     ------
-    UserError: ranks out of range, A or G of another layer. RunError: A or G not finite.
+    UserError: no pair of ranks in range, A or G of another layer, negative damping, no sweep. RunError: A or G not finite.
     """
     check_weight(weight)
-    r_out, r_in = check_rank("output rank", ranks[0], weight.shape[0]), check_rank("input rank", ranks[1], weight.shape[1])
+    r_out, r_in = check_ranks(ranks, weight)
+    check_moments(A, G, weight)
+    check_damping(damping)
+    check_sweeps(sweeps)
     dense = weight.detach().double().reshape(*weight.shape[:2], -1)
     root_g, back_g, spectrum_g = _roots(G, "G", damping)
     root_c, back_c, spectrum_c = _roots(channel_moment(A, weight), "A", damping)

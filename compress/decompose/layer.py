@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from compress.decompose.eigen import eigendamage
 from compress.decompose.factors import Factors
 from compress.decompose.kfac import kfac_svd, kfac_tucker2
-from compress.decompose.modules import build_block, dense_weight, factorizable, layer_cost
+from compress.decompose.modules import build_block, dense_weight, factorizable, layer_cost, output_size
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 from compress.registry import nearest
@@ -38,17 +39,21 @@ def factorize(
         decomposed per group with equal ranks.
     method: "svd", "tucker2", "cp", "eigendamage", "kfac_svd", "kfac_tucker2", or finished `Factors`.
     rank: an integer (svd, cp, kfac_svd) or a pair (r_o, r_c) per group (tucker2, eigendamage, kfac_tucker2).
-    A, G: input and output-gradient second moments for the weighted methods, as in `LayerFactors`: [d, d], or [groups, d, d].
+    A, G: input and output-gradient second moments for the weighted methods, as in `LayerFactors`: [d, d], or [groups, d, d] (as `second` of
+        eigendamage) of a grouped convolution.
     input_shape: one image's input shape, [c, h, w] or [..., features]; given it, "smaller" counts MACs as well as parameters.
     only_if_smaller: return `module` itself unless the block has fewer parameters (and MACs, see `input_shape`).
     options: passed to the decomposition (`mode` of svd, `sweeps`, ...).
 
     Raises
     ------
-    UserError: module or rank that the method cannot take, missing A or G, unknown method.
+    UserError: module, rank or option that the method cannot take, missing A or G or those of another layer, unknown method, factors that do
+    not compose to the layer, an input shape that the layer does not read.
     """
     if not factorizable(module):
         raise UserError(f"A module of type {type(module).__name__} cannot be factorized; expected exactly Linear or Conv2d.")
+    if input_shape is not None:
+        _check_input_shape(module, input_shape)
     block = build_block(module, method if isinstance(method, Factors) else _decompose(module, method, rank, A, G, options))
     if not only_if_smaller:
         return block
@@ -60,11 +65,16 @@ def factorize(
 def _decompose(
     module: nn.Module, method: str, rank: int | tuple[int, int] | None, A: Tensor | None, G: Tensor | None, options: dict[str, Any]
 ) -> Factors:
-    if method not in PLAIN and method not in WEIGHTED:
-        known = [*PLAIN, *WEIGHTED]
-        raise UserError(f"Unknown decomposition {method!r}{nearest(method, known)}; known: {', '.join(known)}.")
+    known = PLAIN | WEIGHTED
+    if not isinstance(method, str) or method not in known:
+        hint = nearest(method, list(known)) if isinstance(method, str) else ""
+        raise UserError(f"Unknown decomposition {method!r}{hint}; known: {', '.join(known)}.")
     if rank is None:
         raise UserError(f"The decomposition {method!r} needs a rank.")
+    allowed = [name for name in inspect.signature(known[method]).parameters if name not in ("weight", "A", "G", "rank", "ranks")]
+    for option in options:
+        if option not in allowed:
+            raise UserError(f"The decomposition {method!r} has no option {option!r}{nearest(option, allowed)}; known: {', '.join(allowed)}.")
     weight, groups = dense_weight(module), getattr(module, "groups", 1)
     weights = weight.chunk(groups)
     if method in PLAIN:
@@ -73,8 +83,36 @@ def _decompose(
         raise UserError(
             f"The decomposition {method!r} needs the second moments A and G of the layer; collect them with compress.curvature.collect."
         )
-    pairs = zip(A.reshape(groups, *A.shape[-2:]), G.reshape(groups, *G.shape[-2:]), strict=True)
-    return _joined([WEIGHTED[method](part, a, g, rank, **options) for part, (a, g) in zip(weights, pairs, strict=True)])
+    given = {"A": A, "G": G} | {name: moment for name, moment in options.items() if name == "second" and moment is not None}
+    moments = {name: _per_group(name, moment, groups) for name, moment in given.items()}
+    parts = []
+    for group, part in enumerate(weights):
+        a, g, *second = (moment[group] for moment in moments.values())
+        parts.append(WEIGHTED[method](part, a, g, rank, **(options | {"second": second[0]} if second else options)))
+    return _joined(parts)
+
+
+def _per_group(name: str, moment: Tensor, groups: int) -> list[Tensor]:
+    """A moment of every group; an ungrouped layer has one, with or without a leading dimension of one."""
+    if groups == 1:
+        return [moment[0] if isinstance(moment, Tensor) and moment.ndim == 3 and len(moment) == 1 else moment]
+    if not isinstance(moment, Tensor) or moment.ndim < 3 or len(moment) != groups:
+        found = f"of shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else f"of type {type(moment).__name__}"
+        raise UserError(f"The second moment {name} {found} does not belong to a convolution in {groups} groups; expected one per group, [{groups}, ...].")
+    return list(moment)
+
+
+def _check_input_shape(module: nn.Module, shape: tuple[int, ...]) -> None:
+    convolution = hasattr(module, "kernel_size")
+    expected = f"[{module.in_channels}, height, width]" if convolution else f"[..., {module.in_features}]"
+    fits = isinstance(shape, (tuple, list)) and all(isinstance(size, int) and size > 0 for size in shape)
+    if convolution:
+        fits = fits and len(shape) == 3 and shape[0] == module.in_channels and min(output_size(module, tuple(shape[1:]))) > 0
+    else:
+        fits = fits and len(shape) > 0 and shape[-1] == module.in_features
+    if not fits:
+        reason = ", large enough for the kernel" if convolution else ""
+        raise UserError(f"The input shape {shape!r} is not one image's of this layer; expected {expected}{reason}.")
 
 
 def _joined(parts: list[Factors]) -> Factors:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.decompose.factors import Factors, recompose
+from compress.decompose.factors import Factors, composed_shape, recompose
 from compress.errors import UserError
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -77,14 +77,13 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
 
     Raises
     ------
-    UserError: the module is no Linear, Conv2d or block, or the factors do not compose to its weight's shape.
+    UserError: the module is no Linear, Conv2d or block, or the factors do not compose, or not to its weight's shape.
     """
     if not factorizable(module):
         raise UserError(f"A module of type {type(module).__name__} cannot be factorized; expected exactly Linear or Conv2d.")
     convolution = hasattr(module, "kernel_size")
     shape = _weight_shape(module)
-    with torch.device("meta"):
-        composed = tuple(recompose(factors.map(lambda tensor: tensor.to("meta"))).shape)
+    composed = composed_shape(factors)
     if composed != shape or (convolution and factors.groups != module.groups):
         raise UserError(
             f"The factors compose to a weight {composed} in {factors.groups} groups, but the layer has {shape}; give factors of this layer."

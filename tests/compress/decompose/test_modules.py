@@ -218,7 +218,7 @@ def test_a_shared_layer_stays_shared():
     (lambda: factorize(nn.Linear(3, 4), "sdv", 1), "did you mean 'svd'"),
     (lambda: factorize(nn.Linear(3, 4), "svd"), "needs a rank"),
     (lambda: factorize(nn.Linear(3, 4), "kfac_svd", 1), "A and G"),
-    (lambda: factorize(nn.Linear(3, 4), "kfac_svd", 1, A=moment(6, 0), G=moment(4, 1)), "size 6"),
+    (lambda: factorize(nn.Linear(3, 4), "kfac_svd", 1, A=moment(6, 0), G=moment(4, 1)), "(6, 6)"),
     (lambda: factorize(nn.Linear(3, 4), Factors(torch.ones(1, 3), None, torch.ones(5, 1))), "(5, 3)"),
     (lambda: factorize(nn.Conv2d(4, 4, 3, groups=2), Factors(None, torch.ones(2, 4, 3, 3), torch.ones(4, 2))), "(4, 4, 3, 3)"),
 ])
