@@ -81,13 +81,16 @@ def tuned_bsr(layer: nn.Linear, x: Tensor) -> Side:
 
 def torch_two_four(layer: nn.Linear, x: Tensor) -> Side:
     """torch's 2:4 tensor of the two largest of every four: another matrix than the masked one, so its error is against its own product."""
-    from torch.sparse import to_sparse_semi_structured
+    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, to_sparse_semi_structured
 
     fours = layer.weight.detach().view(layer.out_features, -1, 4)
     kept = torch.zeros_like(fours, dtype=torch.bool).scatter(-1, fours.abs().topk(2, -1).indices, True)
     pruned = (fours * kept).view_as(layer.weight)
     padded = nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16))
-    algorithm = torch._cslt_sparse_mm_search(to_sparse_semi_structured(pruned).packed, padded.t())
+    sample = to_sparse_semi_structured(pruned)
+    # Without cuSPARSELt the tensor belongs to CUTLASS, which has no algorithms to choose from.
+    searched = isinstance(sample, SparseSemiStructuredTensorCUSPARSELT)
+    algorithm = torch._cslt_sparse_mm_search(sample.packed, padded.t()) if searched else 0
 
     def make() -> Callable[[], Tensor]:
         weight = to_sparse_semi_structured(pruned)
