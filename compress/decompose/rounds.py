@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from compress.config import Section
@@ -60,14 +60,20 @@ class EigenDamageOptions(Section):
     normalize: bool = Field(False, description="divide each layer's row scores and column scores by their sums")
     fix_rotation: bool = Field(False, description="keep the outer factors fixed during fine-tuning")
     fisher: Literal["true", "exact", "empirical"] = Field(
-        "true", description="labels drawn from the network, all classes weighted, or the data's labels"
+        "true",
+        validation_alias=AliasChoices("fisher", "fisher_type"),  # the published name
+        description="labels drawn from the network, all classes weighted, or the data's labels",
     )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
     use_patch: bool = Field(True, description="channel covariance over the pixels of all windows; off: every input pixel once")
     ekfac: bool = Field(
         True, description="EKFAC second moments from all calibration data; off: products of eigenvalues (as published)"
     )
-    depthwise: bool = Field(False, description="split the kept core into a depthwise convolution between 1x1 convolutions")
+    depthwise: Literal[False, True, "cp", "svd"] = Field(
+        False,
+        description="split the kept core into a depthwise convolution between 1x1 convolutions: by CP (also true), or the diagonal in the "
+        "singular bases of its mean over the offsets",
+    )
     skip_last: bool = Field(True, description="leave the last linear layer as it is")
     accept: Literal["both", "params"] = Field(
         "both", description="replace a layer only if it has fewer parameters and MACs, or (as published) no more parameters"
@@ -134,7 +140,7 @@ def proposal(scored: Scored, kept: Sides, options: EigenDamageOptions) -> Factor
     inner = keep_coordinates(scored.weight, scored.spectra[0].vectors, scored.spectra[1].vectors, kept.rows, kept.columns)
     factors = merge_outer(scored.module.factors(), inner) if isinstance(scored.module, BLOCKS) else inner
     if options.depthwise and factors.core.ndim == 4 and factors.core[0, 0].numel() > 1:
-        factors = orthonormalise(depthwise(factors)).map(lambda tensor: tensor.to(scored.weight.dtype))
+        factors = orthonormalise(depthwise(factors, method="svd" if options.depthwise == "svd" else "cp")).map(lambda tensor: tensor.to(scored.weight.dtype))
     return factors
 
 
