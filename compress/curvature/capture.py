@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from compress.arguments import unusable
 from compress.errors import UserError
 
 InputHook = Callable[[str, Tensor], None]
@@ -19,7 +20,14 @@ def preserved(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Evaluation mode (training mode on request), no parameter asks for a gradient; everything is restored afterwards.
 
     Buffers are restored in value and identity, and so is the global random state, which dropout and other modules draw from.
+
+    Raises
+    ------
+    UserError: a parameter or buffer that no gradient can be computed with (without values, or made in inference mode).
     """
+    reason = unusable(model)
+    if reason:
+        raise UserError(reason)
     flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [

@@ -85,6 +85,14 @@ def test_inputs_that_ask_for_gradients_and_inference_mode_change_nothing():
     assert not any(tensor.is_inference() for entry in found.values() for tensor in (entry.A, entry.G, entry.second))
 
 
+def test_a_network_made_in_inference_mode_is_one_sentence():
+    with torch.inference_mode():
+        net = mlp()
+    for call in (collect, squared_gradients):
+        with pytest.raises(UserError, match="'0.weight' of the network was made under torch.inference_mode"):
+            call(net, [randn(3, 4)])
+
+
 class Faulty(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
