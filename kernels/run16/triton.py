@@ -167,7 +167,8 @@ def _words(x: Tensor, np_: int, chunks: int) -> Tensor:
     else:
         padded = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
         packed = padded.reshape(chunks, width, x.shape[1]).transpose(1, 2).contiguous()
-    return packed.view(torch.int64)
+    # Flat, because a dimension of size 1 may have a stride that cannot be viewed as words.
+    return packed.flatten().view(torch.int64)
 
 
 def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,

@@ -17,10 +17,10 @@ from .. import convolution, device, precision
 from ..operator import interpreted
 
 STAGES = 3
-def registers_for(group: int) -> int | None:
-    """Most registers per thread: where channels are gathered one by one ptxas makes do with 128 on sm_100 and spills two, unless it is told
+def registers_for(group: int, itemsize: int) -> int | None:
+    """Most registers per thread: where 16-bit channels are gathered one by one ptxas makes do with 128 on sm_100 and spills two, unless it is told
     that it need not."""
-    return 224 if group == 1 else None
+    return 224 if group == 1 and itemsize == 2 else None
 
 
 CONFIGS = tuple(
@@ -143,6 +143,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, pixels, blocks, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
             V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group)}),
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group, values.element_size())}),
         )
     return y.permute(0, 3, 1, 2)

@@ -87,7 +87,7 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         for aligned, blocks in ((("rows",), {}), ((), {}), ((), {"blocks": 1})):
             sizes = {name: of for name, of in scalars.items() if name not in blocks}
             built = build(sparse_conv_kernel, pointers, sizes, {**constants, **blocks}, capability, c["warps"], aligned=aligned,
-                          maxnreg=registers_for(c["group"]))
+                          maxnreg=registers_for(c["group"], 4 if kind == "fp32" else 2))
             yield row("sparse_conv", f"{kind} {c} aligned {aligned} {blocks}", capability, built, c["warps"], kind=kind, group=c["group"])
 
 
