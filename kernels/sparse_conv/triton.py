@@ -17,14 +17,19 @@ from .. import convolution, device, precision
 from ..operator import interpreted
 
 STAGES = 3
+def warps_for(height: int, pixels: int, group: int, itemsize: int) -> int:
+    """Warps per program: eight for large tiles, and for float32 gathered one by one, which would spill with four."""
+    return 8 if height * pixels >= 128 * 64 or (group == 1 and itemsize == 4) else 4
+
+
 def registers_for(group: int, itemsize: int) -> int | None:
-    """Most registers per thread: where 16-bit channels are gathered one by one ptxas makes do with 128 on sm_100 and spills two, unless it is told
+    """Most registers per thread: where channels are gathered one by one ptxas makes do with 128 on sm_100 and spills a few, unless it is told
     that it need not."""
-    return 224 if group == 1 and itemsize == 2 else None
+    return None if group > 1 else 224 if itemsize == 2 else 255
 
 
 CONFIGS = tuple(
-    {"height": height, "step": 64, "pixels": pixels, "group": group, "splits": splits, "warps": 8 if height * pixels >= 128 * 64 else 4}
+    {"height": height, "step": 64, "pixels": pixels, "group": group, "splits": splits, "warps": warps_for(height, pixels, group, 2)}
     for height in (64, 128)
     for pixels in (64, 128)
     for group in (1, 8, 16)
@@ -133,7 +138,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     tile = tile or (128 if height <= 64 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
     tiles = -(-pixels // tile)
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
-    warps = warps or (8 if height * tile >= 128 * 64 else 4)
+    warps = warps or warps_for(height, tile, group, values.element_size())
     partial = x.new_empty(splits * blocks * height * tiles * tile if splits > 1 else 1, dtype=torch.float32)
     counter = x.new_zeros(blocks * tiles, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
     rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"

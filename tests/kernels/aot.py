@@ -65,11 +65,12 @@ def vector_block(full: bool) -> Iterator[dict]:
 
 
 def sparse_conv(full: bool) -> Iterator[dict]:
-    from kernels.sparse_conv.triton import CONFIGS, registers_for, sparse_conv_kernel
+    from kernels.sparse_conv.triton import CONFIGS, registers_for, sparse_conv_kernel, warps_for
 
     chosen = [("bf16", c) for c in CONFIGS if c["splits"] == 1 and c["height"] == 64 and c["pixels"] == 128 and c["group"] == 16]
     chosen += [("fp16", {**CONFIGS[0], "group": 1, "splits": 4})]
-    every = ((kind, {**c, "step": 32} if kind == "fp32" else c) for kind in TYPES for c in CONFIGS)
+    every = ((kind, {**c, "step": 32, "warps": warps_for(c["height"], c["pixels"], c["group"], 4)} if kind == "fp32" else c)
+             for kind in TYPES for c in CONFIGS)
     for (kind, c), capability in itertools.product(every if full else chosen, CAPABILITIES):
         if (kind == "fp32" and c["height"] * c["pixels"] > 64 * 64) or (not full and kind == "fp16" and capability != 90):
             continue
