@@ -165,6 +165,8 @@ def compress(
     exclude = arguments.patterns(exclude)
     chosen = find_method(method)
     chosen.check(options or {})
+    if hasattr(chosen, "rounds") and (chosen.rounds(options or {}) or 1) > 1:
+        raise UserError(f"Option 'rounds' of method {method!r}: compress() does one round; several, with fine-tuning between them, are those of a run (main_prune.py).")
     if not isinstance(budget, dict) or len(budget) != 1 or next(iter(budget)) not in chosen.budgets:
         raise UserError(f"budget={budget!r}: method {method!r} takes one of {', '.join(chosen.budgets)}, such as {{{chosen.budgets[0]!r}: 0.5}}.")
     (quantity, ratio), = budget.items()

@@ -23,26 +23,29 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from compress.config import TrainConfig
 from compress.curvature import LayerFactors, collect, ekfac, eigh
 from compress.curvature.linalg import Spectrum, kron
 from compress.curvature.quadratic import channel_moment, nearest_kronecker, spatial_moment
 from compress.decompose.eigen import merge_outer, rotate
 from compress.decompose.factors import Factors
 from compress.decompose.modules import build_block, replace_module
-from compress.decompose.budget import choice_for
-from compress.decompose.rounds import EigenDamageOptions, Scored, apply_round, block_input_shape, options_of, proposal
+from compress.decompose.reach import round_choice, saved
+from compress.decompose.rounds import EigenDamageOptions, Scored, apply_round, block_input_shape, proposal
 from compress.decompose.selection import Sides
 from compress.decompose.targets import BLOCKS, targets
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 
+STALLED = 0.01  # of the parameters: a cycle that removes less switches `allow_increase` on where that is "auto" (as published)
+
 
 class ImprovedOptions(EigenDamageOptions):
     """Options of Improved EigenDamage; the defaults are the corrected method, `published()` the published run."""
 
-    pool_fraction: float = Field(0.2, ge=0, lt=1, description="share of all scores that one cycle removes, where no budget is given")
+    pool_fraction: float = Field(0.2, ge=0, lt=1, description="share of all scores that one cycle removes; as for EigenDamage")
     cap: float = Field(0.5, gt=0, le=1, description="largest fraction of a layer's rows, or columns, that one cycle removes")
-    rounds: int = Field(5, ge=1, description="cycles at most (published: up to 100)")
+    rounds: int | None = Field(None, ge=1, description="cycles at most (published: 50, a cut and a growth each); null: prune.rounds")
     skip_last: bool = Field(False, description="leave the last linear layer as it is")
     decomposition: Literal["usual", "tucker", "cp", "svd"] = Field(
         "tucker",
@@ -63,7 +66,20 @@ class ImprovedOptions(EigenDamageOptions):
     growth: Literal["preserving", "copy"] = Field(
         "preserving", description="new filters that leave the function as it is, or copies of the last one (as published)"
     )
-    allow_increase: bool = Field(False, description="replace layers even where they get no smaller")
+    growth_lr_factor: float = Field(10.0, gt=0, description="learning rate of the fine-tuning after growth, in that of the one after a cut")
+    growth_milestones: list[float] | None = Field(
+        None, description="milestones of the fine-tuning after growth (published: 0.25, 0.5, 0.75 with gamma 0.1); null: those after a cut"
+    )
+    allow_increase: bool | Literal["auto"] = Field(
+        False,
+        description="replace layers even where they get no smaller; auto: from the cycle on that follows one which removed less than 1 % of the "
+        "parameters (as published)",
+    )
+
+    @field_validator("growth_milestones")
+    @classmethod
+    def _milestones(cls, value: list[float] | None) -> list[float] | None:
+        return value if value is None else TrainConfig(milestones=value).milestones
 
     @field_validator("ekfac", "depthwise")
     @classmethod
@@ -85,6 +101,10 @@ class ImprovedOptions(EigenDamageOptions):
             | changes
         )
 
+    def accepts(self, old: tuple[int, int], new: tuple[int, int], full: bool) -> bool:
+        """As for EigenDamage, and with `allow_increase` whatever was cut ("auto" counts as allowed; `cut` decides it)."""
+        return super().accepts(old, new, full) or (bool(self.allow_increase) and not full)
+
     @property
     def form(self) -> str:
         """Shape of the blocks."""
@@ -97,10 +117,12 @@ class ImprovedOptions(EigenDamageOptions):
 
 @dataclass
 class CycleState:
-    """What growth draws from: per layer the shares (row, column) of removed saliency, and the rows and columns removed in this cycle."""
+    """What one cycle leaves to its growth and to the next cycle."""
 
-    shares: dict[str, tuple[float, float]] = field(default_factory=dict)
-    removed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shares: dict[str, tuple[float, float]] = field(default_factory=dict)  # of removed saliency (row, column) per layer; growth draws by them
+    removed: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and columns of every layer, by the last cut
+    saved: tuple[int, int] = (0, 0)  # parameters and MACs per image, by the last cut
+    stalled: bool = False  # whether a cut removed less than STALLED of the parameters
 
 
 def tikhonov(A: Spectrum, G: Spectrum, epsilon: float, K: Spectrum | None = None) -> tuple[Spectrum, ...]:
@@ -194,13 +216,14 @@ def cut(model: nn.Module, batches: Sequence[Any], options: ImprovedOptions, stat
     needed: (parameters, MACs per image) to save; the threshold is then bisected. Raises as `rounds.eigendamage_round`.
     """
     scored = cycle_scores(model, batches, options, generator, exclude)
-    kept, split = choice_for(scored, options, needed)
-    if options.allow_increase:
-        changed = [name for name, sides in kept.items() if (len(sides.rows), len(sides.columns)) != tuple(scored[name].weight.shape[:2])]
-        for name in changed:
-            replace_module(model, name, build_block(scored[name].module, cycle_proposal(scored[name], kept[name], options_of(name, options, split))))
-    else:
-        changed = apply_round(model, scored, kept, options, cycle_proposal, split)
+    if options.allow_increase == "auto":
+        options = options.model_copy(update={"allow_increase": state.stalled})
+    choice = round_choice(scored, options, needed)
+    kept, split = choice
+    state.saved = saved(scored, choice, options)
+    if needed is None or any(needed):  # a budget that was met before is no stall
+        state.stalled |= state.saved[0] < STALLED * sum(parameter.numel() for parameter in model.parameters())
+    changed = apply_round(model, scored, kept, options, cycle_proposal, split)
     _remember(state, scored, {name: kept[name] for name in changed}, options.pool_momentum)
     return changed
 
@@ -227,19 +250,23 @@ def _remember(state: CycleState, scored: dict[str, Scored], kept: dict[str, Side
     }
 
 
+def check_growth(options: ImprovedOptions) -> None:
+    """Raise `UserError` for a decomposition that cannot grow although it should."""
+    if options.back_ratio and options.decomposition not in ("usual", "tucker"):
+        raise UserError(f"The decomposition {options.decomposition!r} of Improved EigenDamage cannot grow; set back_ratio to 0 or use one cycle.")
+
+
 def grow(model: nn.Module, options: ImprovedOptions, state: CycleState, generator: torch.Generator | None = None) -> int:
     """The GROW phase, in place: floor(back_ratio * removed) rows and columns, drawn with replacement by the shares.
 
-    Returns how many were added; a side never grows beyond the layer's own width.
+    Returns how many were added. A side never grows beyond the layer's own width; draws above that are dropped and not drawn again, so that
+    the other layers grow by their own shares and no more.
 
     Raises
     ------
     UserError: a decomposition that cannot grow (cp, svd).
     """
-    if options.decomposition not in ("usual", "tucker"):
-        raise UserError(
-            f"The decomposition {options.decomposition!r} of Improved EigenDamage cannot grow; set back_ratio to 0 and use one cycle."
-        )
+    check_growth(options)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     places = [(name, side) for name in state.shares for side in (0, 1)]
     weights = torch.tensor([state.shares[name][side] for name, side in places], dtype=torch.float64)

@@ -48,7 +48,8 @@ class EigenDamageOptions(Section):
         0.5,
         ge=0,
         lt=1,
-        description="share of all row and column scores that one round removes (the published ratio), where no budget is given",
+        description="share of all row and column scores that one round removes (the published ratio); where it is set, a ratio of the network "
+        "says where the rounds end, and where it is not, the ratio alone decides",
     )
     cap: float = Field(
         0.95,
@@ -56,7 +57,9 @@ class EigenDamageOptions(Section):
         le=1,
         description="largest fraction of a layer's rows, or columns, that one round removes (published: 0.95 one-shot, 0.5 iterative)",
     )
-    rounds: int = Field(1, ge=1, description="prune and fine-tune rounds (published: 7 with pool_fraction 0.5 and cap 0.5)")
+    rounds: int | None = Field(
+        None, ge=1, description="prune and fine-tune rounds of a run (published: 7 with pool_fraction 0.5 and cap 0.5); null: prune.rounds"
+    )
     normalize: bool = Field(False, description="divide each layer's row scores and column scores by their sums")
     fix_rotation: bool = Field(False, description="keep the outer factors fixed during fine-tuning")
     fisher: Literal["true", "exact", "empirical"] = Field(
@@ -79,10 +82,19 @@ class EigenDamageOptions(Section):
         "both", description="replace a layer only if it has fewer parameters and MACs, or (as published) no more parameters"
     )
 
+    def accepts(self, old: tuple[int, int], new: tuple[int, int], full: bool) -> bool:
+        """Whether a layer of cost `old` (parameters, MACs) is replaced by a block of cost `new`; `full`: none of its rows and columns went."""
+        return new[0] < old[0] and new[1] < old[1] if self.accept == "both" else new[0] <= old[0]
+
     @property
     def form(self) -> str:
         """Shape of the blocks: "three" factors, or a "depthwise" core where the kernel is larger than 1x1."""
         return "depthwise" if self.depthwise else "three"
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether a round removes the pool fraction until the budget is met."""
+        return "pool_fraction" in self.model_fields_set
 
     def unsplit(self) -> Self:
         """The same options for a layer that stays in three factors."""
@@ -173,16 +185,15 @@ def options_of(name: str, options: EigenDamageOptions, split: Collection[str] | 
 
 def accepted(scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDamageOptions,
              split: Collection[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Layers that get smaller -> (parameters, MACs per image) saved; `split` as in `options_of`."""
+    """Layers that are replaced (`options.accepts`) -> (parameters, MACs per image) saved; `split` as in `options_of`."""
     savings = {}
     for name, entry in scored.items():
         form = options_of(name, options, split).form
         old = layer_cost(entry.module, entry.input_shape)
         new = factors_cost(entry.module, shapes_only(entry, kept[name], form), entry.input_shape)
         # the layer as it is, in its own basis, is no compression even where a count allows it
-        untouched = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2] and form == "three"
-        smaller = new[0] < old[0] and new[1] < old[1] if options.accept == "both" else new[0] <= old[0]
-        if smaller and not untouched:
+        full = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2]
+        if options.accepts(old, new, full) and not (full and form == "three"):
             savings[name] = old[0] - new[0], old[1] - new[1]
     return savings
 

@@ -40,6 +40,8 @@ class Context:
         Parameters and MACs of the uncompressed network, where `model` has been compressed before; a ratio is always of these.
     batches:
         Calibration data: `(x [n, ...], y [n])` pairs from the training set, on the model's device.
+    meta:
+        What the plan of the round before says of it; empty in the first round.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Context:
     round_to: int = 1
     verify: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):

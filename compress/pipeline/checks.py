@@ -20,6 +20,7 @@ from compress.data import describe
 from compress.errors import CompressError, UserError
 from compress.graph import ChannelGraph, trace
 from compress.methods import Context
+from compress.pipeline.phases import phases
 from compress.siblings import own
 from compress.train.modes import mode
 from compress.undisturbed import undisturbed
@@ -121,8 +122,12 @@ def check(config: Config) -> Prepared:
     for name in config.prune.methods:
         context = context_for(config, model, graph, example, [], name, 0)
         for ratio in config.prune.ratios:
+            chosen, cuts = methods.method(name), [phase.ratio for phase in phases(config, name, ratio) if phase.ratio is not None]
             try:
-                methods.method(name).check_budget(context, {config.prune.budget: ratio})
+                if hasattr(chosen, "check_rounds"):
+                    chosen.check_rounds(context, config.prune.budget, cuts)
+                else:
+                    chosen.check_budget(context, {config.prune.budget: ratio})
             except UserError as error:
                 faults += [f"`prune.ratios`, method {name!r}: {fault}" for fault in error.faults]
     if faults:
@@ -160,14 +165,14 @@ def _forward_faults(config: Config, model: nn.Module, num_classes: int, shape: t
 
 def context_for(
     config: Config, model: nn.Module, graph: ChannelGraph, example: Tensor, batches: list[tuple[Tensor, Tensor]], method: str, seed: int,
-    original: tuple[int, int] | None = None) -> Context:
+    original: tuple[int, int] | None = None, meta: dict[str, Any] | None = None) -> Context:
     """What `method` is given under this configuration."""
     prune = config.prune
     return Context(
         model=model, graph=graph, example=example, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
         original=original, exclude=tuple(prune.exclude),
         allocation=prune.allocation, max_layer_ratio=prune.max_layer_ratio, round_to=prune.round_to, verify=prune.verify,
-        options=prune.method_options.get(method, {}))
+        options=prune.method_options.get(method, {}), meta=meta or {})
 
 
 def _method_faults(config: Config) -> list[str]:

@@ -1,8 +1,9 @@
 """One entry of a run: a method at one ratio and seed, in one or several rounds of compression and fine-tuning.
 
 A round cuts the network (score, allocate, surgery, BatchNorm recalibration) to its share of the way to the ratio and fine-tunes it; the last
-one reaches the ratio. A method that gives capacity back (`regrow`) does so between rounds, followed by a fine-tuning of its own. Every
-cut and every trained network is stored, so that a killed run goes on from the last one.
+one reaches the ratio. A method that gives capacity back (`regrow`) does so between rounds, followed by a fine-tuning of its own. Rounds
+of a fixed size (`stepwise`) end with the one that meets the ratio; where none does, the log says what was reached. Every cut and every
+trained network is stored, so that a killed run goes on from the last one.
 """
 
 from __future__ import annotations
@@ -30,38 +31,16 @@ from compress.graph import trace
 from compress.network_file import NETWORK, PLAN, WEIGHTS, read, read_weights, save
 from compress.pipeline.checks import Prepared, context_for
 from compress.pipeline.folder import digest
+from compress.pipeline.phases import Phase, phases
 from compress.pipeline.stages import Base, Job, share
 from compress.plan import Plan, apply_plan
 from compress.report import entry_name as row_name
-from compress.schedule import sparsity_at
 from compress.train import evaluate, fit, recalibrate
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A change of the network that is followed by fine-tuning: a cut to `ratio`, or growth (`ratio` None)."""
-
-    name: str
-    ratio: float | None
-    lr_factor: float = 1.0
 
 
 def entry_name(config: Config, method: str, ratio: float, seed: int) -> str:
     """Folder name of an entry: `<method>-<budget><ratio>-s<seed>`."""
     return row_name({"method": method, "budget": config.prune.budget, "ratio": ratio, "seed": seed})
-
-
-def phases(config: Config, method: str, ratio: float) -> list[Phase]:
-    """The rounds of an entry in order."""
-    chosen = methods.method(method)
-    wanted = chosen.rounds(config.prune.method_options.get(method, {})) if hasattr(chosen, "rounds") else None
-    rounds = wanted or config.prune.rounds
-    result = []
-    for number in range(1, rounds + 1):
-        result.append(Phase(f"round{number}", sparsity_at(config.prune.schedule, number / rounds, ratio)))
-        if number < rounds and hasattr(chosen, "regrow"):
-            result.append(Phase(f"round{number}-growth", None, chosen.growth_lr_factor))
-    return result
 
 
 def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> dict[str, Any]:
@@ -79,7 +58,11 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     folder = job.folder.begin(name, key) if job.dist.is_main else job.folder.stage(name)
     model, plan, info = base.model, Plan(), {"history": [], "seconds": 0.0}
     for number, phase in enumerate(every):
-        model, plan, info = _phase(job, base, _Entry(method, seed, name), phase, folder / phase.name, model, plan, info, number == len(every) - 1)
+        model, plan, info, last = _phase(job, base, _Entry(method, seed, name), phase, folder / phase.name, model, plan, info, number == len(every) - 1)
+        if last:
+            break
+    if "missing" in plan.meta:
+        job.log(f"{name}: the rounds ended with {info[f'{config.prune.budget}_removed']:.1%} of the {config.prune.budget} removed, before the ratio of {ratio:g}")
     result = {**info, "name": name, "key": key, "method": method, "ratio": ratio, "seed": seed}
     if job.dist.is_main:
         save(model, plan, folder, entry=name)
@@ -96,18 +79,19 @@ class _Entry:
 
 
 def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, model: nn.Module, plan: Plan, info: dict[str, Any],
-           last: bool) -> tuple[nn.Module, Plan, dict[str, Any]]:
-    """Change the network, fine-tune it; the trained network, the plan so far, and what was measured so far."""
+           last: bool) -> tuple[nn.Module, Plan, dict[str, Any], bool]:
+    """Change the network, fine-tune it; the trained network, the plan so far, what was measured so far, and whether the rounds end here."""
     config, cut, trained = job.config, folder / "cut", folder / "trained"
     if share(job.dist, _is_whole(trained) if job.dist.is_main else None):
-        return _read(job, trained)
+        return *_read(job, trained), False
     if job.dist.is_main and not _is_whole(cut):
         _change(job, base, entry, phase, cut, model, plan, info)
     model, plan, info = _read(job, cut)
+    last = last or phase.ends(plan)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
     job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     if config.finetune.epochs:
-        tuning = config.finetune.model_copy(update={"lr": config.finetune.lr * phase.lr_factor})
+        tuning = phase.tuning(config.finetune)
         epochs = fit(model, job.data, tuning, batch_size=tuning.batch_size or config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
                      checkpoint=folder / "checkpoint" / "state.safetensors", log=job.log, distributed=job.dist, eval_batch_size=config.data.eval_batch_size)
         before = len(info["history"])
@@ -119,7 +103,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     if job.dist.is_main and not last:
         save(model, plan, trained, info=info)
     job.dist.barrier()
-    return model, plan, info
+    return model, plan, info, last
 
 
 @local()  # the other processes wait for the stored network and measure nothing
@@ -130,12 +114,11 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     started = time.perf_counter()
     result = copy.deepcopy(model).eval()
     if phase.ratio is None:
-        done = chosen.regrow(result, _context(job, entry, result, example), plan.meta)
-        spent = 0.0
+        context, state, spent = _context(job, entry, model, example, plan.meta), None, 0.0
     else:
-        context, state, spent = _scored(job, base, entry, model, example)
+        context, state, spent = _scored(job, base, entry, model, example, plan.meta)
         started = time.perf_counter()
-        done = methods.carry_out(entry.method, result, context, state, {config.prune.budget: phase.ratio})
+    done = phase.change(entry.method, result, context, state, config.prune.budget)
     if config.prune.recalibration_images:
         images = job.data.calibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         recalibrate(result, images)
@@ -151,13 +134,13 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     save(result, Plan(plan.steps + done.steps, done.meta), folder, info=info)
 
 
-def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torch.Tensor) -> tuple[Any, Any, float]:
+def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torch.Tensor, meta: dict[str, Any]) -> tuple[Any, Any, float]:
     """Context, statistics and their seconds; those of the base network are measured once for all ratios."""
     key = entry.method, entry.seed
     if model is base.model and key in job.scores:
         return job.scores[key]
     started = time.perf_counter()
-    context = _context(job, entry, model, example, job.prepared.graph if model is base.model else None)
+    context = _context(job, entry, model, example, meta, job.prepared.graph if model is base.model else None)
     state = methods.method(entry.method).prepare(context)
     found = context, state, time.perf_counter() - started
     if model is base.model:
@@ -165,10 +148,10 @@ def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torc
     return found
 
 
-def _context(job: Job, entry: _Entry, model: nn.Module, example: torch.Tensor, graph: Any = None) -> methods.Context:
+def _context(job: Job, entry: _Entry, model: nn.Module, example: torch.Tensor, meta: dict[str, Any], graph: Any = None) -> methods.Context:
     batches = calibration(job.config, job.data, entry.seed) if methods.needs_data(entry.method, job.config.prune.allocation) else []
     graph = graph or trace(model, example, exclude=tuple(job.config.prune.exclude))
-    return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count())
+    return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count(), meta=meta)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -193,14 +176,20 @@ def _read(job: Job, folder: Path) -> tuple[nn.Module, Plan, dict[str, Any]]:
     return model.to(job.dist.device), plan, info
 
 
-def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, method: str, ratio: float, seed: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """What a plan does to the network's size, without training: a partial row, and widths before and after."""
+def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, method: str, ratio: float, seed: int) -> tuple[dict[str, Any], nn.Module]:
+    """What the rounds of an entry do to the network's size, without training: a partial row with `widths`, and the network."""
     batches = calibration(config, data, seed) if data is not None else []
-    context = context_for(config, prepared.model, prepared.graph, prepared.example, batches, method, seed)
-    chosen = methods.method(method)
-    model = copy.deepcopy(prepared.model).eval()
-    methods.carry_out(method, model, context, chosen.prepare(context), {config.prune.budget: ratio})
-    return effect(prepared.model, model, prepared.example)
+    chosen, original, model, graph, plan = methods.method(method), prepared.graph.count(), prepared.model, prepared.graph, Plan()
+    for phase in phases(config, method, ratio):
+        graph = graph if model is prepared.model else trace(model, prepared.example, exclude=tuple(config.prune.exclude))
+        context = context_for(config, model, graph, prepared.example, batches, method, seed, original, plan.meta)
+        state = None if phase.ratio is None else chosen.prepare(context)
+        model = copy.deepcopy(model).eval()
+        plan = phase.change(method, model, context, state, config.prune.budget)
+        if phase.ends(plan):
+            break
+    row, changed = effect(prepared.model, model, prepared.example)
+    return row | {"widths": changed}, model
 
 
 def effect(before: nn.Module, after: nn.Module, example: torch.Tensor) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

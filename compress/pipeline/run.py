@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from compress import __version__, methods
+from compress.api import ranks
 from compress.config import Config
 from compress.config_file import to_json
 from compress.data import load_data
@@ -104,9 +105,9 @@ def _entries(config: Config) -> list[tuple[int, str, float]]:
 
 
 def dry_run(config: Config, log: Log | None = None) -> list[dict[str, Any]]:
-    """Log what each plan would do (widths, parameters, MACs) without training or writing; returns one row per plan.
+    """Log what each plan would do (widths or ranks, parameters, MACs) without training or writing; returns one row per plan.
 
-    Statistics come from the network as it is before training, so the widths are those of the loaded weights, or of random ones.
+    All rounds are gone through, without the fine-tuning between them. Statistics come from the network as it is before training, so the widths are those of the loaded weights, or of random ones.
     """
     with _memory_errors():
         return _dry_run(config, log or print_line)
@@ -120,11 +121,14 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     log(f"dry run of {config.name} ({source})")
     rows = []
     for seed, method, ratio in _entries(config):
-        row, widths = plan_effect(config, prepared, data, method, ratio, seed)
+        row, model = plan_effect(config, prepared, data, method, ratio, seed)
         rows.append(row)
         log(f"{entry_name(config, method, ratio, seed)}: {row['params']:,} parameters ({row['params_removed']:.1%} removed), "
             f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)")
-        log("  " + ", ".join(f"{name} {a}->{b}" for name, (a, b) in widths.items() if a != b))
+        changes = [f"{name} {a}->{b}" for name, (a, b) in row["widths"].items() if a != b]
+        changes += [f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in ranks(model).items()]
+        if changes:
+            log("  " + ", ".join(changes))
     return rows
 
 
