@@ -31,9 +31,9 @@ from compress.decompose.eigen import merge_outer, rotate
 from compress.decompose.factors import Factors
 from compress.decompose.modules import build_block, replace_module
 from compress.decompose.reach import round_choice, saved
-from compress.decompose.rounds import EigenDamageOptions, Scored, apply_round, block_input_shape, proposal
+from compress.decompose.rounds import EigenDamageOptions, Scored, apply_round, first_inputs, proposal, rejected
 from compress.decompose.selection import Sides
-from compress.decompose.targets import BLOCKS, targets
+from compress.decompose.targets import BLOCKS, observe, targets
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 
@@ -121,6 +121,7 @@ class CycleState:
 
     shares: dict[str, tuple[float, float]] = field(default_factory=dict)  # of removed saliency (row, column) per layer; growth draws by them
     removed: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and columns of every layer, by the last cut
+    rejected: dict[str, str] = field(default_factory=dict)  # layers that the last cut left as they were, with the reason
     saved: tuple[int, int] = (0, 0)  # parameters and MACs per image, by the last cut
     stalled: bool = False  # whether a cut removed less than STALLED of the parameters
 
@@ -140,9 +141,10 @@ def tikhonov(A: Spectrum, G: Spectrum, epsilon: float, K: Spectrum | None = None
 
 
 def cycle_scores(model: nn.Module, batches: Sequence[Any], options: ImprovedOptions, generator: torch.Generator | None = None,
-                 exclude: Sequence[str] = ()) -> dict[str, Scored]:
-    """Statistics and importances of every target layer. Raises as `rounds.scores`."""
-    sources = targets(model, options.skip_last, exclude)
+                 exclude: Sequence[str] = (), example: Any = None) -> dict[str, Scored]:
+    """Statistics and importances of every target layer that the network calls. `example` and errors as for `rounds.scores`."""
+    calls = observe(model, first_inputs(batches) if example is None else example)
+    sources = targets(model, options.skip_last, exclude, calls)
     if not sources:
         raise UserError("No layer is left to decompose; Improved EigenDamage needs a Linear or an ungrouped Conv2d.")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -158,8 +160,7 @@ def cycle_scores(model: nn.Module, batches: Sequence[Any], options: ImprovedOpti
         weight = model.get_submodule(source).weight.detach()
         channel, offsets = spatial[source]
         spectra = (channel, entry.eigen()[1])
-        shape = entry.input_shape if source == name else block_input_shape(module, entry.input_shape)
-        found[name] = Scored(module, weight, spectra, _importance(weight, spectra, offsets, entry.second, options), shape)
+        found[name] = Scored(module, weight, spectra, _importance(weight, spectra, offsets, entry.second, options), calls[name])
     return found
 
 
@@ -210,12 +211,13 @@ def cycle_proposal(scored: Scored, kept: Sides, options: ImprovedOptions) -> Fac
 
 
 def cut(model: nn.Module, batches: Sequence[Any], options: ImprovedOptions, state: CycleState, generator: torch.Generator | None = None,
-        exclude: Sequence[str] = (), needed: tuple[int, int] | None = None) -> list[str]:
+        exclude: Sequence[str] = (), needed: tuple[int, int] | None = None, example: Any = None) -> list[str]:
     """The CUT phase, in place; returns the replaced layers and updates `state`.
 
-    needed: (parameters, MACs per image) to save; the threshold is then bisected. Raises as `rounds.eigendamage_round`.
+    needed: (parameters, MACs per image) to save; the threshold is then bisected. `example` as for `rounds.scores`. Raises as
+    `rounds.eigendamage_round`.
     """
-    scored = cycle_scores(model, batches, options, generator, exclude)
+    scored = cycle_scores(model, batches, options, generator, exclude, example)
     if options.allow_increase == "auto":
         options = options.model_copy(update={"allow_increase": state.stalled})
     choice = round_choice(scored, options, needed)
@@ -224,6 +226,7 @@ def cut(model: nn.Module, batches: Sequence[Any], options: ImprovedOptions, stat
     if needed is None or any(needed):  # a budget that was met before is no stall
         state.stalled |= state.saved[0] < STALLED * sum(parameter.numel() for parameter in model.parameters())
     changed = apply_round(model, scored, kept, options, cycle_proposal, split)
+    state.rejected = rejected(scored, kept, changed)
     _remember(state, scored, {name: kept[name] for name in changed}, options.pool_momentum)
     return changed
 

@@ -9,6 +9,7 @@ padded borders too.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -159,23 +160,45 @@ def output_size(module: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows)
 
 
-def layer_cost(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[int, int]:
-    """(parameters with bias, MACs of one image) of a layer or block for one image's input shape: [c, h, w], or [..., features]."""
+@dataclass(frozen=True)
+class Calls:
+    """What a layer is called with in one forward pass of `images` images: the shape of every call's input, all leading dimensions included.
+
+    Their number and the leading dimensions are the network's own: a layer may be called several times, or on windows folded into the batch.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    images: int = 1
+
+
+def as_calls(inputs: tuple[int, ...] | Calls) -> Calls:
+    """`inputs` itself, or one call for one image of that shape."""
+    return inputs if isinstance(inputs, Calls) else Calls((tuple(inputs),))
+
+
+def layer_cost(module: nn.Module, inputs: tuple[int, ...] | Calls) -> tuple[int, int]:
+    """(parameters with bias, MACs per image over all calls) of a layer or block.
+
+    inputs: the calls, or one image's input shape of the only one: [c, h, w], or [..., features].
+    """
+    calls = as_calls(inputs)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     stages = list(module.children()) if isinstance(module, nn.Sequential) else [module]
-    macs, size = 0, tuple(input_shape[-2:])
-    for stage in stages:
-        if isinstance(stage, nn.Conv2d):
-            size = output_size(stage, size)
-            macs += stage.weight.numel() * math.prod(size)
-        else:
-            macs += stage.weight.numel() * math.prod(input_shape[:-1])
-    return parameters, macs
+    macs = 0
+    for shape in calls.shapes:
+        size = shape[-2:]
+        for stage in stages:
+            if isinstance(stage, nn.Conv2d):
+                size = output_size(stage, size)
+                macs += stage.weight.numel() * math.prod((*shape[:-3], *size))
+            else:
+                macs += stage.weight.numel() * math.prod(shape[:-1])
+    return parameters, macs // calls.images
 
 
-def factors_cost(module: nn.Module, factors: Factors, input_shape: tuple[int, ...]) -> tuple[int, int]:
+def factors_cost(module: nn.Module, factors: Factors, inputs: tuple[int, ...] | Calls) -> tuple[int, int]:
     """`layer_cost` of the block that `build_block` would give, without copying weights."""
-    return layer_cost(build_block(_meta_like(module), factors.map(lambda tensor: tensor.to("meta"))), input_shape)
+    return layer_cost(build_block(_meta_like(module), factors.map(lambda tensor: tensor.to("meta"))), inputs)
 
 
 def _meta_like(module: nn.Module) -> nn.Module:
@@ -198,8 +221,14 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` at the dotted name, and at every other name under which the same module is reachable: shared layers stay shared.
 
     A transformer layer around a block is made to call its layers (see `_call_layers`).
+
+    Raises
+    ------
+    UserError: the name is that of the network itself.
     """
     old = model.get_submodule(name)
+    if old is model:
+        raise UserError(f"The network is a single {type(old).__name__}, which can only be replaced inside a module; wrap it in nn.Sequential.")
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if module is old:

@@ -32,12 +32,13 @@ from torch import Tensor, nn
 
 from compress.config import Section
 from compress.curvature import collect
+from compress.curvature.feed import unpack
 from compress.curvature.linalg import Spectrum
 from compress.decompose.eigen import bases, depthwise, importance, keep_coordinates, merge_outer
 from compress.decompose.factors import Factors, orthonormalise
-from compress.decompose.modules import FactorizedLinear, build_block, factors_cost, layer_cost, replace_module
+from compress.decompose.modules import Calls, build_block, factors_cost, layer_cost, replace_module
 from compress.decompose.selection import Sides, keep, normalized, pool, threshold
-from compress.decompose.targets import BLOCKS, targets
+from compress.decompose.targets import BLOCKS, observe, targets
 from compress.errors import UserError
 
 
@@ -103,36 +104,41 @@ class EigenDamageOptions(Section):
 
 @dataclass
 class Scored:
-    """A target layer: the module to replace, the weight that is rotated, its spectra, importances and EKFAC second moments (None: products)."""
+    """A target layer: the module to replace, the weight that is rotated, its spectra, importances, what the module is called with, and EKFAC
+    second moments (None: products)."""
 
     module: nn.Module
     weight: Tensor
     spectra: tuple[Spectrum, Spectrum]
     sides: Sides
-    input_shape: tuple[int, ...]
+    calls: Calls
     second: Tensor | None = None
     split_loss: float | None = None  # of its core, measured once
 
 
-def block_input_shape(module: nn.Module, core_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One image's input shape of a block from that of its core: a first factor that strides is undone."""
-    if isinstance(module, FactorizedLinear):
-        return (*core_shape[:-1], module.in_features)
-    first = module.input
-    padding = (0, 0) if isinstance(first.padding, str) else first.padding
-    size = ((n - 1) * s + 1 - 2 * p for n, s, p in zip(core_shape[-2:], first.stride, padding, strict=True))
-    return (module.in_channels, *size)
+def first_inputs(batches: Iterable[Any]) -> tuple:
+    """The inputs of the first batch with images, on which MACs are counted where no example is given; UserError without one."""
+    for inputs, _, images in map(unpack, batches):
+        if images:
+            return inputs
+    raise UserError("No image was given to collect statistics from; give at least one batch of calibration images.")
 
 
 def scores(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions, generator: torch.Generator | None = None,
-           exclude: Sequence[str] = ()) -> dict[str, Scored]:
-    """Statistics and importances of every target layer.
+           exclude: Sequence[str] = (), example: Any = None) -> dict[str, Scored]:
+    """Statistics and importances of every target layer that the network calls.
+
+    example: inputs that MACs are counted on; those of the first batch if None.
 
     Raises
     ------
     UserError: no target layer, or one that no image reached. RunError: NaN or infinity in a layer.
     """
-    sources = targets(model, options.skip_last, exclude)
+    if example is None:
+        batches = list(batches)  # read more than once
+        example = first_inputs(batches)
+    calls = observe(model, example)
+    sources = targets(model, options.skip_last, exclude, calls)
     if not sources:
         raise UserError("No layer is left to decompose; EigenDamage needs a Linear or an ungrouped Conv2d besides the last linear layer.")
     factors = collect(model, batches, layers=sources.values(), fisher=options.fisher, samples=options.samples, bias=False,
@@ -142,8 +148,7 @@ def scores(model: nn.Module, batches: Iterable[Any], options: EigenDamageOptions
         module, entry = model.get_submodule(name), factors[source]
         weight = model.get_submodule(source).weight.detach()
         spectra = entry.eigen() if entry.second is not None else bases(weight, entry.A, entry.G, repr(name))
-        shape = entry.input_shape if source == name else block_input_shape(module, entry.input_shape)
-        found[name] = Scored(module, weight, spectra, Sides(*importance(weight, *spectra, entry.second)), shape, entry.second)
+        found[name] = Scored(module, weight, spectra, Sides(*importance(weight, *spectra, entry.second)), calls[name], entry.second)
     return found
 
 
@@ -189,13 +194,20 @@ def accepted(scored: dict[str, Scored], kept: dict[str, Sides], options: EigenDa
     savings = {}
     for name, entry in scored.items():
         form = options_of(name, options, split).form
-        old = layer_cost(entry.module, entry.input_shape)
-        new = factors_cost(entry.module, shapes_only(entry, kept[name], form), entry.input_shape)
+        old = layer_cost(entry.module, entry.calls)
+        new = factors_cost(entry.module, shapes_only(entry, kept[name], form), entry.calls)
         # the layer as it is, in its own basis, is no compression even where a count allows it
         full = (len(kept[name].rows), len(kept[name].columns)) == entry.weight.shape[:2]
         if options.accepts(old, new, full) and not (full and form == "three"):
             savings[name] = old[0] - new[0], old[1] - new[1]
     return savings
+
+
+def rejected(scored: dict[str, Scored], kept: dict[str, Sides], changed: Collection[str]) -> dict[str, str]:
+    """Layers that the threshold cut and that were not replaced, with the reason."""
+    ranks = {name: (len(sides.rows), len(sides.columns)) for name, sides in kept.items() if name not in changed}
+    return {name: f"its block of ranks {r_out}x{r_in} would be no smaller"
+            for name, (r_out, r_in) in ranks.items() if (r_out, r_in) != tuple(scored[name].weight.shape[:2])}
 
 
 def select(scored: dict[str, Scored], options: EigenDamageOptions, pool_fraction: float | None = None) -> dict[str, Sides]:

@@ -13,8 +13,8 @@ from torch import nn
 
 from compress.decompose.improved import CycleState, ImprovedOptions, check_growth, cut, grow
 from compress.decompose.reach import most, round_choice, saved
-from compress.decompose.rounds import EigenDamageOptions, apply_round, scores
-from compress.decompose.targets import left_alone
+from compress.decompose.rounds import EigenDamageOptions, apply_round, rejected, scores
+from compress.decompose.targets import left_alone, observe
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
 from compress.methods.low_rank import layer_inputs
@@ -71,14 +71,14 @@ class EigenDamageMethod:
 
     def prepare(self, context: Context) -> Any:
         """Statistics and importances of every layer."""
-        return scores(context.model, context.batches, self.options(context.options), context.generator, context.exclude)
+        return scores(context.model, context.batches, self.options(context.options), context.generator, context.exclude, context.example)
 
     def apply(self, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
         """One round on `model`, in place."""
         options, before = self.options(context.options), blocks(model)
-        skipped = left_alone(model, options.skip_last, context.exclude)
+        skipped = left_alone(model, options.skip_last, context.exclude, observe(model, context.example))
         choice = round_choice(state, options, needed(context, budget))
-        apply_round(model, state, choice.kept, options, split=choice.split)
+        skipped |= rejected(state, choice.kept, apply_round(model, state, choice.kept, options, split=choice.split))
         return Plan([factorize_step(before, model)], {"skipped": skipped} | lacking(context, budget, saved(state, choice, options)))
 
 
@@ -104,10 +104,10 @@ class ImprovedMethod(EigenDamageMethod):
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """The cut of one cycle, in place; what growth will draw from is kept in the plan."""
         options, cycle, before = self.options(context.options), _cycle(context), blocks(model)
-        skipped = left_alone(model, options.skip_last, context.exclude)
+        skipped = left_alone(model, options.skip_last, context.exclude, observe(model, context.example))
         # A copy of the generator, so that one ratio does not depend on the ratios before it.
-        cut(model, context.batches, options, cycle, context.generator.clone_state(), context.exclude, needed(context, budget))
-        meta = {"grow": {"shares": cycle.shares, "removed": cycle.removed, "stalled": cycle.stalled}, "skipped": skipped}
+        cut(model, context.batches, options, cycle, context.generator.clone_state(), context.exclude, needed(context, budget), context.example)
+        meta = {"grow": {"shares": cycle.shares, "removed": cycle.removed, "stalled": cycle.stalled}, "skipped": skipped | cycle.rejected}
         return Plan([factorize_step(before, model)], meta | lacking(context, budget, cycle.saved))
 
     def regrow(self, model: nn.Module, context: Context) -> Plan:

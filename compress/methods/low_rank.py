@@ -19,15 +19,14 @@ from compress.curvature.linalg import damped, power, Spectrum
 from compress.curvature.quadratic import channel_moment
 from compress.decompose.factors import Factors
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
-from compress.decompose.modules import build_block, dense_weight, replace_module
-from compress.decompose.targets import candidates
+from compress.decompose.modules import Calls, build_block, dense_weight, replace_module
+from compress.decompose.targets import candidates, observe
 from compress.decompose.unweighted import cp, nested_svd, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
 from compress.methods.menus import Menu, build_menu, choose, least, tails, uniform
 from compress.plan import Plan
 from compress.steps.factorize import blocks, factorize_step
-from compress.undisturbed import arguments, undisturbed
 
 QUANTITIES = ("params", "macs")
 TOLERANCE = 0.01  # a ratio this close to the largest reachable one counts as reached, as for channels
@@ -83,37 +82,39 @@ class RankMethod:
 
     def prepare(self, context: Context) -> tuple[list[Menu], dict[str, LayerFactors]]:
         """A menu per layer, and the layers' second moments where the method is weighted."""
-        shapes = layer_inputs(context)
+        inputs = layer_inputs(context)
         moments: dict[str, LayerFactors] = {}
         if self.kind.weighted:
             options = self._options(context.options)
-            moments = collect(context.model, context.batches, layers=list(shapes), fisher=options.fisher, samples=options.samples, bias=False,
+            moments = collect(context.model, context.batches, layers=list(inputs), fisher=options.fisher, samples=options.samples, bias=False,
                               generator=context.generator, ekfac=options.ekfac)
-        return [self._menu(name, context.model.get_submodule(name), shape, moments.get(name)) for name, shape in shapes.items()], moments
+        return [self._menu(name, context.model.get_submodule(name), calls, moments.get(name)) for name, calls in inputs.items()], moments
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where even the smallest ranks keep too much."""
-        menus = [self._menu(name, context.model.get_submodule(name), shape, None, estimate=False) for name, shape in layer_inputs(context).items()]
-        (quantity, ratio), = budget.items()
-        total, index = context.graph.count()[QUANTITIES.index(quantity)], QUANTITIES.index(quantity)
-        most = sum(menu.costs[0][index] for menu in menus) - least(menus, index)
-        if most < (ratio - TOLERANCE) * total:
-            raise UserError(f"A budget that removes {ratio:g} of the {quantity} cannot be reached: at most {most / total:.4f} can be removed by {self.name} over {len(menus)} layers.")
+        menus = [self._menu(name, context.model.get_submodule(name), calls, None, estimate=False) for name, calls in layer_inputs(context).items()]
+        self._limit(context, menus, budget)
 
-    def apply(self, model: nn.Module, context: Context, state: tuple[list[Menu], dict[str, LayerFactors]], budget: dict[str, float]) -> Plan:
-        """Factorize layers of `model` in place until `budget` is met."""
-        menus, moments = state
+    def _limit(self, context: Context, menus: list[Menu], budget: dict[str, float]) -> float:
+        """How much of the budgeted quantity the layers of the menus may keep; `UserError` where even the smallest ranks keep more."""
         (quantity, ratio), = budget.items()
         index = QUANTITIES.index(quantity)
         current = context.graph.count()[index]
         original = context.original[index] if context.original else current
-        present = sum(menu.costs[0][index] for menu in menus)
-        limit = (1 - ratio) * original - (current - present)
-        limit = max(limit, min(least(menus, index), limit + TOLERANCE * original))
-        if limit >= present:
-            return Plan([factorize_step(blocks(model), model)])
+        rest, smallest = current - sum(menu.costs[0][index] for menu in menus), least(menus, index)
+        reachable = 1 - (rest + smallest) / original
+        if reachable < ratio - TOLERANCE:
+            raise UserError(f"A budget that removes {ratio:g} of the {quantity} cannot be reached: at most {reachable:.4f} can be removed by {self.name} over {len(menus)} layers.")
+        return max((1 - ratio) * original - rest, smallest)
+
+    def apply(self, model: nn.Module, context: Context, state: tuple[list[Menu], dict[str, LayerFactors]], budget: dict[str, float]) -> Plan:
+        """Factorize layers of `model` in place until `budget` is met."""
+        menus, moments = state
+        index, limit = QUANTITIES.index(*budget), self._limit(context, menus, budget)
+        before, skipped = blocks(model), candidates(model, context.exclude, observe(model, context.example))[1]
+        if limit >= sum(menu.costs[0][index] for menu in menus):
+            return Plan([factorize_step(before, model)], {"skipped": skipped})
         chosen = (choose if context.allocation == "global" else uniform)(menus, index, limit)
-        before, skipped = blocks(model), candidates(model, context.exclude)[1]
         for menu, option in zip(menus, chosen):
             if menu.ranks[option] is not None:
                 module = model.get_submodule(menu.name)
@@ -121,7 +122,7 @@ class RankMethod:
                 replace_module(model, menu.name, build_block(module, factors))
         return Plan([factorize_step(before, model)], {"skipped": skipped})
 
-    def _menu(self, name: str, module: nn.Module, input_shape: tuple[int, ...], entry: LayerFactors | None, estimate: bool = True) -> Menu:
+    def _menu(self, name: str, module: nn.Module, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:
         weight = dense_weight(module).detach()
         o, c = weight.shape[:2]
         if self.kind.sides == 2:
@@ -131,7 +132,7 @@ class RankMethod:
         else:
             largest = (min(o, weight[0].numel()),)
         loss = self._loss(weight, entry) if estimate else lambda ranks: 0.0
-        return build_menu(name, module, input_shape, lambda ranks: _shape(self.name, weight, ranks), largest, loss)
+        return build_menu(name, module, calls, lambda ranks: _shape(self.name, weight, ranks), largest, loss)
 
     def _loss(self, weight: Tensor, entry: LayerFactors | None) -> Callable[[tuple[int, ...]], float]:
         if self.name == "kfac_svd":
@@ -180,21 +181,13 @@ def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
         return Factors(None, torch.empty(r, c, *kernel), torch.empty(o, r))
 
 
-def layer_inputs(context: Context) -> dict[str, tuple[int, ...]]:
-    """Input shape of one image for every layer that may be factorized, in the order of the network's modules."""
-    found: dict[str, tuple[int, ...]] = {}
-    handles = []
-    for name, module in candidates(context.model, context.exclude)[0].items():
-        handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: found.__setitem__(name, tuple(inputs[0].shape[1:]))))
-    try:
-        with undisturbed(context.model), torch.no_grad():
-            context.model(*arguments(context.example))
-    finally:
-        for handle in handles:
-            handle.remove()
+def layer_inputs(context: Context) -> dict[str, Calls]:
+    """What every layer that may be factorized is called with, in the order of the network's modules."""
+    calls = observe(context.model, context.example)
+    found = {name: calls[name] for name in candidates(context.model, context.exclude, calls)[0]}
     if not found:
-        raise UserError("No layer of this network can be factorized: it needs a Linear or an ungrouped Conv2d that is not excluded.")
-    return {name: found[name] for name, _ in context.model.named_modules() if name in found}
+        raise UserError("No layer of this network can be factorized: it needs a Linear or an ungrouped Conv2d that is called, not tied and not excluded.")
+    return found
 
 
 for _name in KINDS:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.allocate.knapsack import Option, knapsack
 from compress.decompose.factors import Factors
-from compress.decompose.modules import factors_cost, layer_cost
+from compress.decompose.modules import Calls, as_calls, factors_cost, layer_cost
 
 STEPS = {1: 64, 2: 20}  # ranks tried per side, by the number of ranks of the decomposition
 
@@ -41,21 +41,25 @@ def tails(matrix: Tensor) -> Tensor:
     return torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
 
 
-def build_menu(name: str, module: nn.Module, input_shape: tuple[int, ...], shape: Callable[[Ranks], Factors], largest: Ranks,
+def build_menu(name: str, module: nn.Module, inputs: tuple[int, ...] | Calls, shape: Callable[[Ranks], Factors], largest: Ranks,
                loss: Callable[[Ranks], float]) -> Menu:
     """The layer's menu.
 
     Parameters
     ----------
+    inputs: what the layer is called with, as `layer_cost` takes it.
     shape: factors (any values) of the block at given ranks; called with ranks of 1 and 2 only.
     largest: the largest rank of each side.
     loss: estimated loss at given ranks.
     """
-    dense = layer_cost(module, input_shape)
+    calls = as_calls(inputs)
+    dense = layer_cost(module, calls)
     options: list[tuple[Ranks | None, float, tuple[int, int]]] = [(None, 0.0, dense)]
-    cost = _bilinear(lambda ranks: factors_cost(module, shape(ranks), input_shape), largest)
+    # of all images together: rounded to one image the counts would not be bilinear any more
+    total = _bilinear(lambda ranks: factors_cost(module, shape(ranks), Calls(calls.shapes)), largest)
     for ranks in product(*(_ladder(size, STEPS[len(largest)]) for size in largest)):
-        found = cost(ranks)
+        parameters, macs = total(ranks)
+        found = parameters, macs // calls.images
         if found[0] < dense[0] and found[1] < dense[1]:
             options.append((ranks, loss(ranks), found))
     return Menu(name, *map(tuple, zip(*options)))

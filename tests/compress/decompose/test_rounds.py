@@ -178,7 +178,7 @@ def test_ekfac_importances_use_the_exact_second_moments():
 
 @pytest.mark.parametrize("call, kind, words", [
     (lambda: eigendamage_round(network(), [], EXACT), UserError, "No image"),
-    (lambda: eigendamage_round(torch.nn.Sequential(torch.nn.Linear(2, 2)), batches(), EXACT), UserError, "No layer"),
+    (lambda: eigendamage_round(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2).double()), batches(), EXACT), UserError, "No layer"),
     (lambda: fraction_for(scores(network(), batches(), EXACT), EXACT, (10**9, 0)), UserError, "at most"),
     (lambda: eigendamage_round(network(), [(x * float("nan"), y) for x, y in batches()], EXACT), RunError, "'stem'"),
     (lambda: threshold(torch.ones(3), 1.0), UserError, "1.0"),
