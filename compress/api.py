@@ -15,7 +15,7 @@ from compress import arguments
 from compress.cost import Cost, count
 from compress.errors import UserError
 from compress.graph import CoverageRow, trace
-from compress.methods import Context, carry_out, check_allocation, method as find_method, needs_data
+from compress.methods import Context, carry_out, check_allocation, check_rounding, method as find_method, needs_data
 from compress.plan import Plan
 from compress.steps.factorize import BLOCKS
 from compress.train import recalibrate as recalibrate_batchnorm
@@ -143,7 +143,8 @@ def compress(
     exclude:
         Name patterns (fnmatch) of layers that stay as they are.
     allocation, max_layer_ratio, round_to:
-        How the budget is shared over the layers; see `compress.allocate`.
+        How the budget is shared over the layers, for channels see `compress.allocate`. `max_layer_ratio` is of channel methods; ranks of the
+        low-rank methods are multiples of `round_to`, which the EigenDamage kinds and masks refuse.
     recalibrate:
         Measure the BatchNorm statistics again on the calibration data (no effect without data or without BatchNorm).
     verify:
@@ -175,6 +176,7 @@ def compress(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = _batches(calibration, device) if calibration is not None else []
     check_allocation(method, allocation)
+    check_rounding(method, round_to)
     if needs_data(method, allocation) and not batches:
         what = f"Method {method!r}" if chosen.needs_data else "Allocation 'measured'"
         raise UserError(f"{what} needs calibration data: pass calibration=[(x, y), ...] from the training set.")

@@ -66,6 +66,7 @@ class Method(Protocol):
     budgets: tuple[str, ...]
     allocations: tuple[str, ...]
     needs_data: bool
+    rounds_widths: bool  # whether kept widths or ranks can be multiples of `round_to`
     by_channels: bool  # whether the channel graph decides what may go, so that its coverage belongs in the report
 
     def check(self, options: dict[str, Any]) -> None:
@@ -117,6 +118,12 @@ def check_allocation(name: str, allocation: str) -> None:
     known = method(name).allocations
     if ALLOCATIONS[allocation] and allocation not in known:
         raise UserError(f"Method {name!r} shares its budget by one of {', '.join(known)}, and the allocation is {allocation!r}.")
+
+
+def check_rounding(name: str, round_to: int) -> None:
+    """Raise `UserError` for multiples that the method does not keep to."""
+    if round_to != 1 and not method(name).rounds_widths:
+        raise UserError(f"Method {name!r} has no widths or ranks that could be multiples of round_to, and round_to is {round_to}; leave it at 1 or choose another method.")
 
 
 def needs_data(name: str, allocation: str) -> bool:

@@ -32,6 +32,7 @@ class ChannelMethod:
 
     budgets = QUANTITIES
     allocations = ("global", "uniform", "measured")
+    rounds_widths = True
     by_channels = True
 
     def __init__(self, name: str) -> None:

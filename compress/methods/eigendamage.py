@@ -29,6 +29,7 @@ class EigenDamageMethod:
 
     budgets = QUANTITIES
     allocations = ("global", "uniform")
+    rounds_widths = False
     by_channels = False
     needs_data = True
     Options: type[EigenDamageOptions] = EigenDamageOptions

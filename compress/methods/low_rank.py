@@ -6,7 +6,7 @@ Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack ("glob
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from compress.config import Section
 from compress.curvature import LayerFactors, collect
 from compress.curvature.linalg import damped, power, Spectrum
 from compress.curvature.quadratic import channel_moment
-from compress.decompose.factors import Factors
+from compress.decompose.factors import Factors, merge_core, orthonormalise
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
 from compress.decompose.modules import Calls, build_block, dense_weight, replace_module
 from compress.decompose.targets import candidates, observe
@@ -55,11 +55,21 @@ class Kind:
 
 KINDS = {
     "svd": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0])),
-    "tucker": Kind(2, False, lambda w, ranks, entry: tucker2(w, ranks)),
+    "tucker": Kind(2, False, lambda w, ranks, entry: _two_if_flat(tucker2(w, ranks))),
     "cp": Kind(1, False, lambda w, ranks, entry: cp(w, ranks[0]) if w.ndim == 4 else svd(w, ranks[0])),
     "kfac_svd": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0])),
-    "kfac_tucker": Kind(2, True, lambda w, ranks, entry: kfac_tucker2(w, entry.A, entry.G, ranks)),
+    "kfac_tucker": Kind(2, True, lambda w, ranks, entry: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
 }
+
+
+def _two_if_flat(factors: Factors) -> Factors:
+    """Two factors where three are never smaller: of matrices and 1x1 kernels."""
+    if factors.core[0, 0].numel() > 1:
+        return factors
+    merged = merge_core(factors.map(torch.Tensor.double))
+    if factors.core.ndim == 4:  # one of them has to say that it is a convolution
+        merged = Factors(None, merged.input[..., None, None], merged.output)
+    return orthonormalise(merged).map(lambda tensor: tensor.to(factors.core.dtype).contiguous())
 
 
 class RankMethod:
@@ -67,6 +77,7 @@ class RankMethod:
 
     budgets = QUANTITIES
     allocations = ("global", "uniform")
+    rounds_widths = True
     by_channels = False
 
     def __init__(self, name: str) -> None:
@@ -88,11 +99,11 @@ class RankMethod:
             options = self._options(context.options)
             moments = collect(context.model, context.batches, layers=list(inputs), fisher=options.fisher, samples=options.samples, bias=False,
                               generator=context.generator, ekfac=options.ekfac)
-        return [self._menu(name, context.model.get_submodule(name), calls, moments.get(name)) for name, calls in inputs.items()], moments
+        return [self._menu(context, name, calls, moments.get(name)) for name, calls in inputs.items()], moments
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where even the smallest ranks keep too much."""
-        menus = [self._menu(name, context.model.get_submodule(name), calls, None, estimate=False) for name, calls in layer_inputs(context).items()]
+        menus = [self._menu(context, name, calls, None, estimate=False) for name, calls in layer_inputs(context).items()]
         self._limit(context, menus, budget)
 
     def _limit(self, context: Context, menus: list[Menu], budget: dict[str, float]) -> float:
@@ -122,17 +133,20 @@ class RankMethod:
                 replace_module(model, menu.name, build_block(module, factors))
         return Plan([factorize_step(before, model)], {"skipped": skipped})
 
-    def _menu(self, name: str, module: nn.Module, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:
+    def _menu(self, context: Context, name: str, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:
+        module = context.model.get_submodule(name)
         weight = dense_weight(module).detach()
         o, c = weight.shape[:2]
-        if self.kind.sides == 2:
+        flat = self.kind.sides == 2 and weight[0, 0].numel() == 1
+        if self.kind.sides == 2 and not flat:
             largest: tuple[int, ...] = (o, c)
         elif self.name == "cp" and weight.ndim == 4:
             largest = (min(o * c, o * weight[0, 0].numel(), c * weight[0, 0].numel()),)
         else:
             largest = (min(o, weight[0].numel()),)
         loss = self._loss(weight, entry) if estimate else lambda ranks: 0.0
-        return build_menu(name, module, calls, lambda ranks: _shape(self.name, weight, ranks), largest, loss)
+        menu = build_menu(name, module, calls, lambda ranks: _shape(self.name, weight, ranks), largest, loss, context.round_to)
+        return replace(menu, ranks=tuple(ranks and ranks * 2 for ranks in menu.ranks)) if flat else menu
 
     def _loss(self, weight: Tensor, entry: LayerFactors | None) -> Callable[[tuple[int, ...]], float]:
         if self.name == "kfac_svd":
@@ -147,7 +161,7 @@ class RankMethod:
             factor = 1 / max(float(dense.square().sum()), torch.finfo(torch.float64).tiny)
         rows, columns = tails(dense.flatten(1)), tails(dense.transpose(0, 1).flatten(1))
         at = lambda tail, r: float(tail[min(r, len(tail) - 1)])  # noqa: E731
-        if self.kind.sides == 2:
+        if self.kind.sides == 2 and dense.shape[2] > 1:
             return lambda ranks: factor * min(at(rows, ranks[0]) + at(columns, ranks[1]), float(rows[0]))
         if self.name == "cp" and weight.ndim == 4:
             rest = cp_bound(weight)
@@ -172,7 +186,7 @@ def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
     o, c, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
     r = ranks[0]
     with torch.device("meta"):
-        if name in ("tucker", "kfac_tucker"):
+        if len(ranks) == 2:
             return Factors(torch.empty(ranks[1], c), torch.empty(*ranks, *kernel), torch.empty(o, r))
         if not kernel:
             return Factors(torch.empty(r, c), None, torch.empty(o, r))

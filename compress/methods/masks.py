@@ -42,6 +42,7 @@ class MaskMethod:
 
     budgets = ("weights",)
     allocations = ("global", "uniform")
+    rounds_widths = False
     by_channels = False
 
     def __init__(self, criterion: str) -> None:

@@ -3,7 +3,7 @@
 Symbols: W [o, c, kh, kw] or [o, c]; s singular values; tail_o(r), tail_c(r) energy of the output (input) mode beyond its r leading directions.
 Loss of rank r: svd tail(r), exact; Tucker-2 min(tail_o(r_o) + tail_c(r_c), all), an upper bound (De Lathauwer et al. 2000); CP
 the error of a nested SVD, an upper bound. Unweighted losses are fractions of ||W||^2; K-FAC losses are 1/2 tail of the whitened
-weight times the layer's scale, on one scale for the whole network.
+weight times the layer's scale, on one scale for the whole network. Of a matrix or 1x1 kernel Tucker-2 keeps two factors and one rank: tail(r).
 Costs are bilinear in the ranks, so that four counted blocks give all of them.
 """
 
@@ -42,7 +42,7 @@ def tails(matrix: Tensor) -> Tensor:
 
 
 def build_menu(name: str, module: nn.Module, inputs: tuple[int, ...] | Calls, shape: Callable[[Ranks], Factors], largest: Ranks,
-               loss: Callable[[Ranks], float]) -> Menu:
+               loss: Callable[[Ranks], float], round_to: int = 1) -> Menu:
     """The layer's menu.
 
     Parameters
@@ -51,13 +51,14 @@ def build_menu(name: str, module: nn.Module, inputs: tuple[int, ...] | Calls, sh
     shape: factors (any values) of the block at given ranks; called with ranks of 1 and 2 only.
     largest: the largest rank of each side.
     loss: estimated loss at given ranks.
+    round_to: ranks are multiples of this on every side that is at least as wide.
     """
     calls = as_calls(inputs)
     dense = layer_cost(module, calls)
     options: list[tuple[Ranks | None, float, tuple[int, int]]] = [(None, 0.0, dense)]
     # of all images together: rounded to one image the counts would not be bilinear any more
     total = _bilinear(lambda ranks: factors_cost(module, shape(ranks), Calls(calls.shapes)), largest)
-    for ranks in product(*(_ladder(size, STEPS[len(largest)]) for size in largest)):
+    for ranks in product(*(_ladder(size, STEPS[len(largest)], round_to) for size in largest)):
         parameters, macs = total(ranks)
         found = parameters, macs // calls.images
         if found[0] < dense[0] and found[1] < dense[1]:
@@ -107,8 +108,9 @@ def _front(menu: Menu, quantity: int) -> list[int]:
     return front
 
 
-def _ladder(size: int, steps: int) -> list[int]:
-    return sorted({max(1, round(size * i / steps)) for i in range(1, steps + 1)})
+def _ladder(size: int, steps: int, round_to: int) -> list[int]:
+    unit = round_to if round_to <= size else 1
+    return sorted({max(1, round(size // unit * i / steps)) * unit for i in range(1, steps + 1)})
 
 
 def _bilinear(counted: Callable[[Ranks], tuple[int, int]], largest: Ranks) -> Callable[[Ranks], tuple[int, int]]:

@@ -185,6 +185,7 @@ def _method_faults(config: Config) -> list[str]:
                 faults.append(f"`prune.budget` = {prune.budget!r}: method {name!r} takes {' or '.join(method.budgets)}.")
             method.check(prune.method_options.get(name, {}))
             methods.check_allocation(name, prune.allocation)
+            methods.check_rounding(name, prune.round_to)
         except UserError as error:
             faults += [f"`prune.methods[{index}]`: {fault}" for fault in error.faults]
     faults += [f"`prune.method_options.{name}`: method {name!r} is not in prune.methods." for name in prune.method_options if name not in prune.methods]
