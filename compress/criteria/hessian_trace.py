@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.criteria import CRITERIA
 from compress.criteria.base import Criterion, Options, slices, tensors
-from compress.criteria.linearize import check_scalar, samples
+from compress.criteria.linearize import batch_loss, check_reached, gradients_of, samples
 from compress.criteria.second_order import SecondOrder
 from compress.errors import UserError
-from compress.undisturbed import arguments, differentiable, undisturbed
+from compress.undisturbed import differentiable, undisturbed
 
 
 class HessianTraceOptions(Options):
@@ -44,30 +45,35 @@ class HessianTrace(Criterion):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         diagonal = {name: torch.zeros(weight.shape, dtype=torch.float64, device=weight.device) for name, weight in weights.items()}
         total = 0
-        with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        reached: set[str] = set()
+        # the fused kernels of attention have no second derivative
+        with undisturbed(model), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for weight in weights.values():
                 weight.requires_grad_(True)
             for inputs, targets in map(differentiable, batches):
-                loss = loss_fn(model(*arguments(inputs)), targets)
-                check_scalar(loss)
+                gradients = gradients_of(batch_loss(model, inputs, targets, loss_fn), list(weights.values()), create_graph=True)
                 count = samples(inputs)
                 total += count
-                gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                reached |= {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+                # a gradient that depends on no weight has no second derivative
+                curved = [i for i, gradient in enumerate(gradients) if gradient is not None and gradient.requires_grad]
                 for probe in range(options.probes):
                     signs = [
                         (torch.randint(0, 2, weight.shape, generator=generator, device=generator.device) * 2 - 1).to(weight)
                         for weight in weights.values()
                     ]
                     products = torch.autograd.grad(
-                        gradients, list(weights.values()), signs, retain_graph=probe + 1 < options.probes, allow_unused=True
-                    )
-                    for name, sign, product in zip(weights, signs, products, strict=True):
+                        [gradients[i] for i in curved], list(weights.values()), [signs[i] for i in curved],
+                        retain_graph=probe + 1 < options.probes, allow_unused=True,
+                    ) if curved else ()
+                    for name, sign, product in zip(weights, signs, products):
                         if product is not None:
                             diagonal[name] += (sign * product).double() * (count / options.probes)
         if total == 0:
             raise UserError("Criterion 'hessian_trace' needs calibration images, and got no batch.")
+        check_reached(name.rpartition(".")[0] for name in weights if name not in reached)
         for _, members in picked:
             yield sum(_score(diagonal[m.parameter] / total, weights[m.parameter], m) for m in members)
 

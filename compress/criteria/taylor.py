@@ -15,9 +15,9 @@ from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate
 from compress.criteria.second_order import layer_of, measured
 from compress.curvature.capture import Tape, preserved
 from compress.curvature.feed import find_layers
-from compress.criteria.linearize import check_scalar, samples
+from compress.criteria.linearize import batch_loss, check_reached, samples
 from compress.errors import UserError
-from compress.undisturbed import arguments, differentiable
+from compress.undisturbed import differentiable
 
 
 class TaylorOptions(LayerOptions):
@@ -60,16 +60,12 @@ class Taylor(Criterion):
             for inputs, targets in map(differentiable, batches):
                 count = samples(inputs)
                 with Tape(modules, None, on_output) as tape:
-                    loss = loss_fn(model(*arguments(inputs)), targets)
-                    check_scalar(loss)
+                    loss = batch_loss(model, inputs, targets, loss_fn)
                     tape.backward(loss, torch.ones_like(loss), retain=False)
                 total += count
         if total == 0:
             raise UserError("Criterion 'taylor' needs calibration images, and got no batch.")
-        for group, members in picked:
-            values = [
-                normalize(sums[name(m)][m.indices.to(sums[name(m)].device)].sum(1) / total, options.normalize)
-                for m in members
-                if name(m) in sums
-            ]
-            yield aggregate(values, options.aggregate) if values else torch.zeros(group.size, dtype=torch.float64)
+        check_reached(layer for layer in modules if layer not in sums)
+        for _, members in picked:
+            values = [normalize(sums[name(m)][m.indices.to(sums[name(m)].device)].sum(1) / total, options.normalize) for m in members]
+            yield aggregate(values, options.aggregate)

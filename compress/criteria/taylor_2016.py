@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from compress.criteria import CRITERIA
 from compress.criteria.base import NORMS, Criterion, LayerOptions, Normalize, aggregate, normalize
-from compress.criteria.linearize import check_scalar, samples
+from compress.criteria.linearize import batch_loss, check_reached, gradients_of, samples
+from compress.criteria.second_order import layer_of
 from compress.errors import UserError
-from compress.undisturbed import arguments, differentiable, undisturbed
+from compress.undisturbed import differentiable, undisturbed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -51,6 +52,7 @@ class Site:
     samples: int = 0
     gate: Tensor | None = None
     positions: int = 0
+    ran: bool = False
 
 
 @CRITERIA.register("taylor_2016")
@@ -74,7 +76,8 @@ class Taylor2016(Criterion):
     @classmethod
     def measure(cls, picked, model, batches, loss_fn, generator, options):
         modules = dict(model.named_modules(remove_duplicate=False))
-        measured = [[(member, modules[member.parameter.rpartition(".")[0]]) for member in members] for _, members in picked]
+        name = layer_of(model)
+        measured = [[(member, modules[name(member)]) for member in members] for _, members in picked]
         sites = {id(module): Site(module) for pairs in measured for _, module in pairs}
         sums: dict[tuple[int, int], Tensor] = {}
         total = 0
@@ -84,7 +87,7 @@ class Taylor2016(Criterion):
             for inputs, targets in map(differentiable, batches):
                 count = samples(inputs)
                 total += count
-                gradients = _gradients(model, sites, arguments(inputs), targets, loss_fn)
+                gradients = _gradients(model, sites, inputs, targets, loss_fn)
                 for g, pairs in enumerate(measured):
                     for i, (member, module) in enumerate(pairs):
                         if (gradient := gradients.get(id(module))) is not None:
@@ -92,12 +95,11 @@ class Taylor2016(Criterion):
                             sums[g, i] = sums.get((g, i), 0) + value.abs().sum(0).cpu()
         if total == 0:
             raise UserError("Criterion 'taylor_2016' needs calibration images, and got no batch.")
-        for g, (group, members) in enumerate(picked):
-            values = [normalize(sums[g, i] / total, options.normalize) for i in range(len(members)) if (g, i) in sums]
-            if not values:
-                raise UserError(f"Criterion 'taylor_2016' finds nothing to measure in channel group {group.name!r} (its modules never ran "
-                                "by themselves in the forward pass); exclude that layer or use another criterion.")
-            yield aggregate(values, options.aggregate)
+        for g, (_, members) in enumerate(picked):
+            # beside others, a layer whose module never runs (attention reads the weights of its projections) is left out
+            ran = [i for i, (_, module) in enumerate(measured[g]) if sites[id(module)].ran] or range(len(members))
+            check_reached(members[i].parameter.rpartition(".")[0] for i in ran if (g, i) not in sums)
+            yield aggregate([normalize(sums[g, i] / total, options.normalize) for i in ran], options.aggregate)
 
 
 def _carries(module: nn.Module | None, dim: int) -> bool:
@@ -107,18 +109,15 @@ def _carries(module: nn.Module | None, dim: int) -> bool:
     return dim == 0 and isinstance(module, (*_CONVS, nn.Linear))
 
 
-def _gradients(model: nn.Module, sites: dict[int, Site], inputs: tuple, targets: Any, loss_fn: Any) -> dict[int, Tensor]:
-    """Mean over positions of z dL/dz, float64 [samples, channels] per site that ran."""
+def _gradients(model: nn.Module, sites: dict[int, Site], inputs: Any, targets: Any, loss_fn: Any) -> dict[int, Tensor]:
+    """Mean over positions of z dL/dz, float64 [samples, channels] per site that a gradient reached."""
     for site in sites.values():
         site.samples, site.gate, site.positions = samples(inputs), None, 0
-    loss = loss_fn(model(*inputs), targets)
+    loss = batch_loss(model, inputs, targets, loss_fn)
     ran = {key: site for key, site in sites.items() if site.gate is not None}
-    if not ran:
-        return {}
-    check_scalar(loss)
-    gradients = torch.autograd.grad(loss, [site.gate for site in ran.values()], allow_unused=True)
-    return {key: (torch.zeros_like(site.gate) if gradient is None else gradient).to(torch.float64) / site.positions
-            for (key, site), gradient in zip(ran.items(), gradients)}
+    gradients = gradients_of(loss, [site.gate for site in ran.values()])
+    return {key: gradient.to(torch.float64) / site.positions
+            for (key, site), gradient in zip(ran.items(), gradients, strict=True) if gradient is not None}
 
 
 @contextlib.contextmanager
@@ -139,6 +138,7 @@ def _hook(site: Site) -> Any:
                             f"{len(output)} rows for a batch of {site.samples}.")
         axis = _axis(module, output)
         if site.gate is None:
+            site.ran = True
             site.gate = output.new_ones(site.samples, output.shape[axis]).requires_grad_(True)
         site.positions += output.numel() // site.gate.numel()
         shape = [1] * output.dim()
