@@ -211,12 +211,6 @@ def _meta_like(module: nn.Module) -> nn.Module:
         return nn.Linear(module.in_features, module.out_features, bias)
 
 
-def smaller(new: nn.Module, old: nn.Module, input_shape: tuple[int, ...]) -> bool:
-    """The acceptance rule: strictly fewer parameters and strictly fewer MACs."""
-    (new_parameters, new_macs), (old_parameters, old_macs) = layer_cost(new, input_shape), layer_cost(old, input_shape)
-    return new_parameters < old_parameters and new_macs < old_macs
-
-
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` at the dotted name, and at every other name under which the same module is reachable: shared layers stay shared.
 
