@@ -10,21 +10,18 @@ from typing import Literal
 from pydantic import Field
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, Normalize, Options, normalize, slices
-from compress.criteria.second_order import SecondOrder, layer_of
+from compress.criteria.base import Criterion, Normalize, normalize, slices
+from compress.criteria.second_order import CurvatureOptions, SecondOrder, by_layer, check_loss, modelled
 from compress.curvature import squared_gradients
 
 
-class CObdOptions(Options):
+class CObdOptions(CurvatureOptions):
     """Options of `c_obd`."""
 
     fisher: Literal["true", "exact", "empirical"] = Field(
         "true", description="labels drawn from the network, all classes weighted, or the data's labels"
     )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
-    side: Literal["producer", "consumer", "both"] = Field(
-        "producer", description="score what the channel costs where it is made, where it is read, or both"
-    )
     normalize: Normalize = Field("none", description="divide each group's scores by this; none: as published, losses compare over groups")
 
 
@@ -39,12 +36,14 @@ class CObd(Criterion):
 
     @classmethod
     def measure(cls, picked, model, batches, loss_fn, generator, options):
-        name = layer_of(model)
-        wanted = dict.fromkeys(name(member) for _, members in picked for member in members)
-        fisher = squared_gradients(model, batches, wanted, fisher=options.fisher, samples=options.samples, generator=generator)
-        losses = {}
-        for layer in wanted:
+        check_loss(loss_fn, options.loss)
+        scores, pairs = by_layer(picked, model)
+        with modelled(model, options.loss):
+            fisher = squared_gradients(
+                model, batches, pairs, fisher=options.fisher, samples=options.samples, loss=options.loss, generator=generator)
+        for layer, own in pairs.items():
             weight = model.get_submodule(layer).weight.detach()
-            losses[layer] = fisher.pop(layer).reshape(weight.shape) * weight.double().square() / 2
-        for _, members in picked:
-            yield normalize(sum(slices(losses[name(m)], m.dim, m.indices).sum(1).cpu() for m in members), options.normalize)
+            losses = fisher.pop(layer).reshape(weight.shape) * weight.double().square() / 2
+            for score, member in own:
+                score += slices(losses, member.dim, member.indices).sum(1).cpu()
+        return [normalize(score, options.normalize) for score in scores]

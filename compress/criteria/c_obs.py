@@ -4,8 +4,6 @@ The remaining weights are updated by the joint formula of `second_order.compensa
 do not minimise the loss.
 """
 
-from functools import partial
-
 from compress.criteria import CRITERIA
 from compress.criteria.kron_obs import KronObs
 from compress.curvature import obs
@@ -16,14 +14,5 @@ class CObs(KronObs):
     """Sum of the OBS saliencies of a channel's weights, labels drawn from the network."""
 
     name = "c_obs"
-
-    @staticmethod
-    def row_formula(options):
-        return partial(obs.elements_obs, damping=options.damping)
-
-    @staticmethod
-    def column_formula(options):
-        def columns(W, A, G, indices):
-            return obs.elements_obs(W.T, G, A, indices, damping=options.damping)
-
-        return columns
+    rows = staticmethod(obs.row_elements_obs)
+    columns = staticmethod(obs.column_elements_obs)

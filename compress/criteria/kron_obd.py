@@ -13,11 +13,5 @@ class KronObd(SecondOrder):
     """K-FAC loss of a channel, labels drawn from the network."""
 
     name = "kron_obd"
-
-    @staticmethod
-    def row_formula(options):
-        return obs.rows_obd
-
-    @staticmethod
-    def column_formula(options):
-        return obs.columns_obd
+    rows = staticmethod(obs.rows_obd)
+    columns = staticmethod(obs.columns_obd)

@@ -3,8 +3,6 @@
 Several channels are compensated jointly (`second_order.compensate`): in the layers that read them, or in those that make them.
 """
 
-from functools import partial
-
 from compress.criteria import CRITERIA
 from compress.criteria.second_order import ObsOptions, SecondOrder
 from compress.curvature import obs
@@ -17,11 +15,5 @@ class KronObs(SecondOrder):
     name = "kron_obs"
     Options = ObsOptions
     compensates = True
-
-    @staticmethod
-    def row_formula(options):
-        return partial(obs.rows_obs, damping=options.damping)
-
-    @staticmethod
-    def column_formula(options):
-        return partial(obs.columns_obs, damping=options.damping)
+    rows = staticmethod(obs.rows_obs)
+    columns = staticmethod(obs.columns_obs)

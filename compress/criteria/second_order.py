@@ -2,41 +2,55 @@
 
 A channel costs, in the quadratic model of the loss, what its rows cost in every layer that produces it (`side="producer"`, as published) or
 what its columns cost in every layer that reads it (`side="consumer"`: where surgery really cuts; a BatchNorm between the two makes these
-different things), or both. Losses of members add up. Formulas: `compress.curvature.obs`. The quadratic model is that of the cross-entropy.
+different things), or both. Losses of members add up. Formulas: `compress.curvature.obs`.
+
+The quadratic model of these criteria is not taken from the given `loss_fn`: it is the Fisher matrix of the option `loss`, the cross-entropy
+of the outputs as logits, or half their squared distance ("mse"). Label smoothing leaves that matrix as it is, class weights do not enter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from compress.criteria.base import Criterion, Normalize, Options, normalize
+from compress.criteria.base import Criterion, Normalize, Options, Picked, normalize
 from compress.curvature import LayerFactors, collect
-from compress.curvature.obs import DAMPING, compensate_columns, compensate_rows
+from compress.curvature.obs import DAMPING, LossModel, compensate_columns, compensate_rows
+from compress.errors import UserError
 
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
+Formula = Callable[[LossModel, Tensor], Tensor]
 
 Compensation = Literal["consumer", "producer", "both", "none"]
 ROLES = {"consumer": ("in",), "producer": ("out",), "both": ("out", "in"), "none": ()}
 
 
-class SecondOrderOptions(Options):
+class CurvatureOptions(Options):
+    """Options of all criteria that use a Fisher matrix."""
+
+    side: Literal["producer", "consumer", "both"] = Field(
+        "producer", description="score what the channel costs where it is made, where it is read, or both"
+    )
+    loss: Literal["cross_entropy", "mse"] = Field(
+        "cross_entropy", description="loss whose curvature is measured: the cross-entropy of logits, or half the squared distance"
+    )
+
+
+class SecondOrderOptions(CurvatureOptions):
     """Options of the criteria that use Kronecker factors."""
 
     fisher: Literal["true", "exact", "empirical"] = Field(
         "true", description="labels drawn from the network, all classes weighted, or the data's labels"
     )
     samples: int = Field(1, ge=1, description="labels drawn per image where fisher is true")
-    side: Literal["producer", "consumer", "both"] = Field(
-        "producer", description="score what the channel costs where it is made, where it is read, or both"
-    )
     positions: int | None = Field(None, ge=1, description="use so many random positions per image for the factors; null: all")
     normalize: Normalize = Field("none", description="divide each group's scores by this; none: as published, losses compare over groups")
     damping: float = Field(DAMPING, ge=0, description="added to the factors' diagonals before inversion, as a fraction of their mean")
@@ -60,6 +74,12 @@ class LayerView:
     A: Tensor
     G: Tensor
     offsets: int
+    damping: float
+
+    @cached_property
+    def models(self) -> list[LossModel]:
+        """The loss of each group's weights."""
+        return [LossModel(W, A, G, self.damping) for W, A, G in zip(self.W, self.A, self.G, strict=True)]
 
     def rows(self, indices: Tensor, formula: Formula) -> Tensor:
         """Scores [n] of channels that own rows `indices` [n, m] of the weight's first dimension."""
@@ -73,13 +93,13 @@ class LayerView:
                 if count:
                     channels = counts == count
                     own = (indices % outputs)[channels][mine[channels]].reshape(-1, count)
-                    scores[channels] += formula(self.W[group], self.A[group], self.G[group], own)
+                    scores[channels] += formula(self.models[group], own)
         return scores
 
     def columns(self, indices: Tensor, formula: Formula) -> Tensor:
         """Scores [n] of channels that own `indices` [n, m] of the weight's second dimension, with all kernel offsets, in every group."""
         own = self.expand(indices)
-        return sum(formula(W, A, G, own) for W, A, G in zip(self.W, self.A, self.G, strict=True))
+        return sum(formula(model, own) for model in self.models)
 
     def expand(self, indices: Tensor) -> Tensor:
         """Columns [n, m kk] of W of input channels [n, m]."""
@@ -87,7 +107,7 @@ class LayerView:
         return (indices[..., None] * self.offsets + torch.arange(self.offsets, device=indices.device)).flatten(-2)
 
 
-def view(module: nn.Module, factors: LayerFactors) -> LayerView:
+def view(module: nn.Module, factors: LayerFactors, damping: float = DAMPING) -> LayerView:
     """The weights of a layer together with its factors (patch "full")."""
     groups = factors.groups
     W = module.weight.detach().double()
@@ -95,7 +115,8 @@ def view(module: nn.Module, factors: LayerFactors) -> LayerView:
     W = W.reshape(groups, W.shape[0] // groups, -1)
     if factors.bias:
         W = torch.cat([W, module.bias.detach().double().reshape(groups, -1, 1)], 2)
-    return LayerView(W, factors.A.reshape(groups, *factors.A.shape[-2:]), factors.G.reshape(groups, *factors.G.shape[-2:]), offsets)
+    A, G = (moment.reshape(groups, *moment.shape[-2:]) for moment in (factors.A, factors.G))
+    return LayerView(W, A, G, offsets, damping)
 
 
 def measured(member: Any, owners: Mapping[str, nn.Module]) -> bool:
@@ -106,9 +127,60 @@ def measured(member: Any, owners: Mapping[str, nn.Module]) -> bool:
 
 
 def layer_of(model: nn.Module) -> Callable[[Any], str]:
-    """Maps a member to the name of its layer in `named_modules` (shared layers have one name there)."""
+    """Maps a member to the name of its layer in `named_modules` (shared layers have one name there).
+
+    The mapping raises UserError for a layer that has a parameter in common with another one: neither's statistics are the parameter's.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    return lambda member: names[id(model.get_submodule(member.parameter.rpartition(".")[0]))]
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in set(module._parameters.values()) - {None}:
+            holders.setdefault(id(parameter), []).append(name)
+
+    def name_of(member: Any) -> str:
+        module = model.get_submodule(member.parameter.rpartition(".")[0])
+        for parameter in module._parameters.values():
+            if len(holders.get(id(parameter), ())) > 1:
+                first, second, *_ = holders[id(parameter)]
+                raise UserError(f"Layers {first!r} and {second!r} share a parameter, and this criterion measures single layers; "
+                                "exclude them, or use the criterion 'taylor_fo' or 'hessian_trace'.")
+        return names[id(module)]
+
+    return name_of
+
+
+def by_layer(picked: Picked, model: nn.Module) -> tuple[list[Tensor], dict[str, list[tuple[Tensor, Any]]]]:
+    """(zeros [size] per picked group, layer -> pairs of such a tensor, to which losses are to be added, and the group's member there)."""
+    name = layer_of(model)
+    scores = [torch.zeros(group.size, dtype=torch.float64) for group, _ in picked]
+    pairs: dict[str, list[tuple[Tensor, Any]]] = {}
+    for score, (_, members) in zip(scores, picked, strict=True):
+        for member in members:
+            pairs.setdefault(name(member), []).append((score, member))
+    return scores, pairs
+
+
+def check_loss(loss_fn: Any, loss: str) -> None:
+    """UserError where the loss function is the squared error and the curvature to be measured another's."""
+    if loss == "cross_entropy" and (loss_fn is functional.mse_loss or isinstance(loss_fn, nn.MSELoss)):
+        raise UserError("The loss function is the squared error, and the criterion measures the curvature of the cross-entropy; "
+                        'set its option `loss` to "mse".')
+
+
+@contextmanager
+def modelled(model: nn.Module, loss: str) -> Iterator[None]:
+    """Refuses, while the network runs inside, outputs of which `loss` is always zero."""
+
+    def check(_: nn.Module, __: tuple, output: Any) -> None:
+        if loss == "cross_entropy" and isinstance(output, Tensor) and output.ndim > 1 and output.shape[1] == 1:
+            raise UserError("The network gives one output per image, whose cross-entropy as a single class is always zero; "
+                            'set the criterion\'s option `loss` to "mse".')
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def losing(graph: Any, model: nn.Module, removals: Mapping[Any, Any], compensation: str) -> Iterator[tuple[str, Any, Tensor]]:
@@ -128,21 +200,13 @@ def losing(graph: Any, model: nn.Module, removals: Mapping[Any, Any], compensati
 
 
 class SecondOrder(Criterion):
-    """Base of the Kronecker criteria; subclasses set the formulas of rows and columns, OBS kinds also `compensates`."""
+    """Base of the Kronecker criteria; subclasses set `rows` and `columns`, the formulas of their scores, OBS kinds also `compensates`."""
 
     needs_data = True
     Options = SecondOrderOptions
     compensates = False
-
-    @staticmethod
-    def row_formula(options: Any) -> Formula:
-        """Score of rows."""
-        raise NotImplementedError
-
-    @staticmethod
-    def column_formula(options: Any) -> Formula:
-        """Score of columns."""
-        raise NotImplementedError
+    rows: ClassVar[Formula]
+    columns: ClassVar[Formula]
 
     @classmethod
     def members(cls, group, owners, options):
@@ -150,17 +214,15 @@ class SecondOrder(Criterion):
 
     @classmethod
     def measure(cls, picked, model, batches, loss_fn, generator, options):
-        name = layer_of(model)
-        wanted = dict.fromkeys(name(member) for _, members in picked for member in members)
-        factors = statistics(model, batches, wanted, generator, options)
-        views = {layer: view(model.get_submodule(layer), factors.pop(layer)) for layer in wanted}
-        rows, columns = cls.row_formula(options), cls.column_formula(options)
-        for _, members in picked:
-            losses = sum(
-                (views[name(m)].rows(m.indices, rows) if m.role == "out" else views[name(m)].columns(m.indices, columns)).cpu()
-                for m in members
-            )
-            yield normalize(losses, options.normalize)
+        check_loss(loss_fn, options.loss)
+        scores, pairs = by_layer(picked, model)
+        factors = statistics(model, batches, pairs, generator, options)
+        for layer, own in pairs.items():
+            current = view(model.get_submodule(layer), factors.pop(layer), options.damping)
+            for score, member in own:
+                losses = current.rows(member.indices, cls.rows) if member.role == "out" else current.columns(member.indices, cls.columns)
+                score += losses.cpu()
+        return [normalize(score, options.normalize) for score in scores]
 
     @classmethod
     def compensate(
@@ -186,9 +248,9 @@ def statistics(
     model: nn.Module, batches: Iterable[Any], layers: Iterable[str], generator: torch.Generator | None, options: Any
 ) -> dict[str, LayerFactors]:
     """Full-patch factors of the layers with the criterion's options."""
-    return collect(
-        model, batches, layers=layers, fisher=options.fisher, samples=options.samples, positions=options.positions, generator=generator
-    )
+    with modelled(model, options.loss):
+        return collect(model, batches, layers=layers, fisher=options.fisher, samples=options.samples, positions=options.positions,
+                       loss=options.loss, generator=generator)
 
 
 def compensate(

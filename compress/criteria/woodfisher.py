@@ -3,12 +3,12 @@
 S is the channel's slice in one layer (rows with their biases' weights left out, or columns); losses of members add up. F is the empirical
 Fisher matrix (option `fisher`), its inverse is never formed: `compress.curvature.woodfisher`. Option `block`:
 
-    channel   F block-diagonal, a block per channel: 1/2 w_S^T F_SS w_S. The blocks take nothing over from each other, so that no weight is
-              updated. Also meaningful where the weights of a layer are many more than the images, and the scores compare over layers.
+    channel   F block-diagonal, a block per channel: 1/2 w_S^T F_SS w_S. The blocks take nothing over from each other, so that no weight
+              is updated. Meaningful with few images too, and the scores compare over layers.
     layer     F of the whole layer: 1/2 w_S^T ([F^-1]_SS)^-1 w_S, and the weights that stay are updated. N gradients span N directions; with
               many more weights than that nearly everything can be compensated on these images, and what is left is about
-              lambda/2 ||w_S||^2, with lambda set layer by layer: meaningful within a layer (allocation "uniform"), or with as many images as a
-              layer has weights; under one threshold for all layers an artefact of the damping.
+              lambda/2 ||w_S||^2, with lambda set layer by layer: meaningful within a layer (allocation "uniform"), or with as many images
+              as a layer has weights; under one threshold for all layers an artefact of the damping.
 
 The paper's blocks are a compromise of this kind: so many consecutive weights of a layer that N gradients still tell something about them.
 """
@@ -25,27 +25,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.criteria import CRITERIA, base
-from compress.criteria.base import Criterion, Options
-from compress.criteria.linearize import samples
-from compress.criteria.second_order import Compensation, SecondOrder, layer_of, losing
+from compress.criteria.base import Criterion
+from compress.criteria.linearize import check_reached, samples
+from compress.criteria.second_order import Compensation, CurvatureOptions, SecondOrder, by_layer, check_loss, losing, modelled
 from compress.curvature import woodfisher
 from compress.curvature.feed import find_layers
-from compress.curvature.per_sample import visit
+from compress.curvature.per_sample import Visitor, visit
 from compress.errors import UserError
 
-
-# layer name -> pairs of a group's score [n], to which losses are added, and the group's member in that layer
-Slices = dict[str, list[tuple[Tensor, Any]]]
+Slices = dict[str, list[tuple[Tensor, Any]]]  # of `by_layer`
 
 
-class WoodFisherOptions(Options):
+class WoodFisherOptions(CurvatureOptions):
     """Options of `woodfisher`."""
 
     fisher: Literal["true", "empirical"] = Field(
         "empirical", description="labels drawn from the network, or the data's labels (as published)"
-    )
-    side: Literal["producer", "consumer", "both"] = Field(
-        "producer", description="score what the channel costs where it is made, where it is read, or both"
     )
     block: Literal["channel", "layer"] = Field(
         "channel", description="weights that share a block of the Fisher matrix: one channel's, without any update, or the whole layer's"
@@ -72,12 +67,8 @@ class WoodFisher(Criterion):
 
     @classmethod
     def measure(cls, picked, model, batches, loss_fn, generator, options):
-        name = layer_of(model)
-        scores = [torch.zeros(group.size, dtype=torch.float64) for group, _ in picked]
-        slices: Slices = {}
-        for score, (_, members) in zip(scores, picked, strict=True):
-            for member in members:
-                slices.setdefault(name(member), []).append((score, member))
+        check_loss(loss_fn, options.loss)
+        scores, slices = by_layer(picked, model)
         measure = _block_losses if options.block == "channel" else _layer_losses
         for score, losses in measure(model, slices, batches, generator, options):
             score += losses.cpu()
@@ -95,7 +86,8 @@ class WoodFisher(Criterion):
     ) -> None:
         """Updates, in place and jointly per layer, the weights that stay when `graph.prune(model, removals)` removes channels next.
 
-        Does nothing with blocks of single channels."""
+        Does nothing with blocks of single channels.
+        """
         chosen = cls.parse(options)
         if chosen.block == "channel":
             return
@@ -124,16 +116,18 @@ def _block_losses(model: nn.Module, slices: Slices, batches: Iterable[Any], gene
     """(score, losses [n]) of every slice under its own block; no gradient is kept."""
     weights = {layer: model.get_submodule(layer).weight.detach() for layer in slices}
     squares = {layer: [0] * len(members) for layer, members in slices.items()}
-    totals = dict.fromkeys(slices, 0.0)
+    totals: dict[str, float] = {}
 
     def add(name: str, gradients: Tensor, _: slice) -> None:
         X = gradients.flatten(1)
-        totals[name] += X.square().sum(dtype=torch.float64).item()
+        totals[name] = totals.get(name, 0.0) + X.square().sum(dtype=torch.float64).item()
         sums = {dim: woodfisher.projections(X, weights[name], dim) for dim in {member.dim for _, member in slices[name]}}
         for i, (_, member) in enumerate(slices[name]):
             squares[name][i] += sums[member.dim][:, member.indices.to(X.device)].sum(2).square().sum(0)
 
-    images = visit(model, spread(batches, options.images), find_layers(model, slices), add, fisher=options.fisher, generator=generator, bias=False)
+    chosen = spread(batches, options.images)
+    images = _visit(model, chosen, slices, add, generator, options)
+    check_reached(layer for layer in slices if layer not in totals)
     for layer, weight in weights.items():
         shift = woodfisher.damping_value(totals[layer], images * weight.numel(), options.damping)
         for square, (score, member) in zip(squares[layer], slices[layer], strict=True):
@@ -196,8 +190,13 @@ def _pass(
             matrices[name] = gradients.new_zeros(images, gradients[0].numel())
         matrices[name][rows] = gradients.flatten(1)
 
-    visit(model, batches, find_layers(model, layers), store, fisher=options.fisher, generator=generator, bias=False)
-    missing = [layer for layer in layers if layer not in matrices]
-    if missing:
-        raise UserError(f"Layer {missing[0]!r} is to be scored, but no calibration image reached it; exclude it.")
+    _visit(model, batches, layers, store, generator, options)
+    check_reached(layer for layer in layers if layer not in matrices)
     return matrices
+
+
+def _visit(model: nn.Module, batches: list[Any], layers: Iterable[str], visitor: Visitor, generator: torch.Generator | None,
+           options: WoodFisherOptions) -> int:
+    with modelled(model, options.loss):
+        return visit(
+            model, batches, find_layers(model, layers), visitor, fisher=options.fisher, loss=options.loss, generator=generator, bias=False)

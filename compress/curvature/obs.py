@@ -4,7 +4,7 @@ Symbols, one group of one layer: W [o, d] weights with the bias as last column i
 rows; P, K removed and kept columns. Damping adds a fraction of the mean diagonal (`linalg.damp`). Losses include the factor 1/2.
     rows, no compensation     1/2 tr(G_RR W_R A W_R^T)                        (Kron-OBD)
     rows, compensated         1/2 tr(([G^-1]_RR)^-1 W_R A W_R^T)              (Kron-OBS),   W_K += G_KK^-1 G_KR W_R
-    elements of rows          1/2 sum_ij w_ij^2 / ([G^-1]_ii [A^-1]_jj)       (C-OBS)
+    elements                  1/2 sum_ij w_ij^2 / ([G^-1]_ii [A^-1]_jj)       (C-OBS)
     columns, no compensation  1/2 tr(G W_P A_PP W_P^T)
     columns, compensated      1/2 tr(G W_P (A_PP - A_PK A_KK^-1 A_KP) W_P^T),     W_K += W_P A_PK A_KK^-1
 The updates are joint over everything that is removed: the exact minimum (Hassibi and Stork 1993; Wang et al. 2019 correct one row at a
@@ -12,6 +12,9 @@ time). (A_PP - A_PK A_KK^-1 A_KP) = ([A^-1]_PP)^-1.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,30 +38,69 @@ def _inverses(blocks: Tensor) -> Tensor:
     return torch.linalg.inv(blocks) if blocks.shape[-1] > 1 else 1 / blocks
 
 
-def rows_obd(W: Tensor, A: Tensor, G: Tensor, rows: Tensor) -> Tensor:
+@dataclass
+class LossModel:
+    """The symbols of one group of one layer; what all its channels share is computed once."""
+
+    W: Tensor
+    A: Tensor
+    G: Tensor
+    damping: float = DAMPING
+
+    @cached_property
+    def row_moment(self) -> Tensor:
+        """W A W^T [o, o]."""
+        return self.W @ self.A @ self.W.T
+
+    @cached_property
+    def column_moment(self) -> Tensor:
+        """W^T G W [d, d]."""
+        return self.W.T @ self.G @ self.W
+
+    @cached_property
+    def A_inverse(self) -> Tensor:
+        """A^-1, damped."""
+        return inverse(self.A, self.damping, "input moment")
+
+    @cached_property
+    def G_inverse(self) -> Tensor:
+        """G^-1, damped."""
+        return inverse(self.G, self.damping, "gradient moment")
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """w_ij^2 / ([G^-1]_ii [A^-1]_jj) [o, d]."""
+        return self.W.square() / (self.G_inverse.diagonal()[:, None] * self.A_inverse.diagonal())
+
+
+def rows_obd(model: LossModel, rows: Tensor) -> Tensor:
     """Kron-OBD loss of each channel [n] that owns rows[c]; rows is [n, m]."""
-    return _traces(_blocks(G, rows), _blocks(W @ A @ W.T, rows)) / 2
+    return _traces(_blocks(model.G, rows), _blocks(model.row_moment, rows)) / 2
 
 
-def rows_obs(W: Tensor, A: Tensor, G: Tensor, rows: Tensor, damping: float = DAMPING) -> Tensor:
+def rows_obs(model: LossModel, rows: Tensor) -> Tensor:
     """Kron-OBS loss of each channel [n] after the other rows are compensated."""
-    return _traces(_inverses(_blocks(inverse(G, damping, "gradient moment"), rows)), _blocks(W @ A @ W.T, rows)) / 2
+    return _traces(_inverses(_blocks(model.G_inverse, rows)), _blocks(model.row_moment, rows)) / 2
 
 
-def elements_obs(W: Tensor, A: Tensor, G: Tensor, rows: Tensor, damping: float = DAMPING) -> Tensor:
+def row_elements_obs(model: LossModel, rows: Tensor) -> Tensor:
     """C-OBS loss of each channel [n]: element-wise OBS saliencies added over its rows."""
-    g, a = (inverse(moment, damping, "second moment").diagonal() for moment in (G, A))
-    return (W.square() / (g[:, None] * a)).sum(1)[rows].sum(1) / 2
+    return model.elements.sum(1)[rows].sum(1) / 2
 
 
-def columns_obd(W: Tensor, A: Tensor, G: Tensor, columns: Tensor) -> Tensor:
+def columns_obd(model: LossModel, columns: Tensor) -> Tensor:
     """Loss of removing each channel's columns [n, m] without compensation."""
-    return _traces(_blocks(A, columns), _blocks(W.T @ G @ W, columns)) / 2
+    return _traces(_blocks(model.A, columns), _blocks(model.column_moment, columns)) / 2
 
 
-def columns_obs(W: Tensor, A: Tensor, G: Tensor, columns: Tensor, damping: float = DAMPING) -> Tensor:
+def columns_obs(model: LossModel, columns: Tensor) -> Tensor:
     """Loss of removing each channel's columns [n, m] after the other columns are compensated."""
-    return _traces(_inverses(_blocks(inverse(A, damping, "input moment"), columns)), _blocks(W.T @ G @ W, columns)) / 2
+    return _traces(_inverses(_blocks(model.A_inverse, columns)), _blocks(model.column_moment, columns)) / 2
+
+
+def column_elements_obs(model: LossModel, columns: Tensor) -> Tensor:
+    """Element-wise OBS saliencies added over each channel's columns."""
+    return model.elements.sum(0)[columns].sum(1) / 2
 
 
 def _split(size: int, removed: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,6 @@ def expected(net, block, side, data=DATA, damping=0.01):
 @pytest.mark.parametrize("side, roles", [("producer", ["out"]), ("consumer", ["in"]), ("both", ["out", "in"])])
 def test_scores_add_the_losses_under_dense_matrices_over_the_members(net, block, side, roles):
     ours, dense = score(net, block=block, side=side, damping=0.1), expected(net, block, roles, damping=0.1)
-    assert any(m.parameter == "mid.weight" and m.role == "in" and m.indices.shape[1] == 1 for g in trace(net, GRAPH_INPUT).groups for m in g.members)
     assert ours.keys() == dense.keys() and len(ours) >= 3
     for name, values in ours.items():
         torch.testing.assert_close(values, dense[name])

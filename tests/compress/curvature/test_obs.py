@@ -15,12 +15,13 @@ def moment(size, seed):
 
 
 W, A, G = randn(5, 6), moment(6, 1), moment(5, 2)
+MODEL = obs.LossModel(W, A, G, damping=0.0)
 FLAT = torch.arange(30).reshape(5, 6)
 
 
 def test_row_scores_are_the_exact_losses_with_and_without_compensation():
     rows = torch.tensor([[0, 3], [1, 2], [4, 0]])
-    for row, plain, compensated in zip(rows, obs.rows_obd(W, A, G, rows), obs.rows_obs(W, A, G, rows, damping=0.0), strict=True):
+    for row, plain, compensated in zip(rows, obs.rows_obd(MODEL, rows), obs.rows_obs(MODEL, rows), strict=True):
         zeroed = W.clone()
         zeroed[row] = 0
         torch.testing.assert_close(plain, obs.joint_loss(W, zeroed, A, G))
@@ -29,9 +30,7 @@ def test_row_scores_are_the_exact_losses_with_and_without_compensation():
 
 def test_column_scores_are_the_exact_losses_with_and_without_compensation():
     columns = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    for column, plain, compensated in zip(
-        columns, obs.columns_obd(W, A, G, columns), obs.columns_obs(W, A, G, columns, damping=0.0), strict=True
-    ):
+    for column, plain, compensated in zip(columns, obs.columns_obd(MODEL, columns), obs.columns_obs(MODEL, columns), strict=True):
         zeroed = W.clone()
         zeroed[:, column] = 0
         torch.testing.assert_close(plain, obs.joint_loss(W, zeroed, A, G))
@@ -39,8 +38,10 @@ def test_column_scores_are_the_exact_losses_with_and_without_compensation():
 
 
 def test_element_scores_add_the_losses_of_single_weights():
-    expected = [sum(constrained_minimum(W.flatten(), torch.kron(G, A), FLAT[i, j][None])[1] for j in range(6)) for i in range(5)]
-    torch.testing.assert_close(obs.elements_obs(W, A, G, torch.arange(5)[:, None], damping=0.0), torch.stack(expected))
+    single = torch.stack([constrained_minimum(W.flatten(), torch.kron(G, A), place[None])[1] for place in FLAT.flatten()]).reshape(5, 6)
+    rows, columns = torch.tensor([[0, 3], [1, 2]]), torch.tensor([[0, 1], [2, 5], [4, 3]])
+    torch.testing.assert_close(obs.row_elements_obs(MODEL, rows), single[rows].sum((1, 2)))
+    torch.testing.assert_close(obs.column_elements_obs(MODEL, columns), single.T[columns].sum((1, 2)))
 
 
 @pytest.mark.parametrize("removed", [[1], [0, 2, 4]])
@@ -95,13 +96,13 @@ def test_dependent_inputs_are_removed_without_loss():
     updated = obs.compensate_columns(W, patches.T @ patches / 40, torch.tensor([5]), damping=0.0)
     torch.testing.assert_close(patches @ updated.T, patches @ W.T)
     moments = patches.T @ patches / 40
-    assert obs.columns_obs(W, moments, G, torch.tensor([[5]]), damping=1e-12).item() < 1e-8
+    assert obs.columns_obs(obs.LossModel(W, moments, G, damping=1e-12), torch.tensor([[5]])).item() < 1e-8
 
 
 def test_singular_and_zero_moments_give_finite_results_and_nan_is_refused():
     zero = torch.zeros(6, 6, dtype=torch.float64)
     assert torch.equal(obs.compensate_columns(W, zero, torch.tensor([1]))[:, [0, 2, 3, 4, 5]], W[:, [0, 2, 3, 4, 5]])
-    assert torch.isfinite(obs.columns_obs(W, zero, G, torch.arange(6)[:, None])).all()
+    assert torch.isfinite(obs.columns_obs(obs.LossModel(W, zero, G), torch.arange(6)[:, None])).all()
     low = randn(6, 2)
     assert torch.isfinite(obs.compensate_columns(W, low @ low.T, torch.tensor([1, 3]), damping=0.0)).all()
     with pytest.raises(RunError, match="NaN"):
