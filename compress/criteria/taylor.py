@@ -1,7 +1,7 @@
 """The `Taylor` row of the EigenDamage table: s_c = E_n sum_t | z_{n,c,t} dL_n/dz_{n,c,t} |, divided by its sum over the layer's channels.
 
 z is the output of the convolution or linear layer that produces the channel. Unlike `taylor_2016` the absolute value is taken before the
-sum over positions, and the layer is divided by its L1 norm. Layers of a group are averaged.
+sum over positions, and the layer is divided by its L1 norm. A group's score is the sum over its layers: what each of them loses adds up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.criteria import CRITERIA
-from compress.criteria.base import Criterion, LayerOptions, Normalize, aggregate, normalize
+from compress.criteria.base import Aggregate, Criterion, LayerOptions, Normalize, aggregate, normalize
 from compress.criteria.second_order import layer_of, measured
 from compress.curvature.capture import Tape, preserved
 from compress.curvature.feed import find_layers
@@ -24,6 +24,7 @@ class TaylorOptions(LayerOptions):
     """Options of `taylor`."""
 
     normalize: Normalize = Field("sum", description="divide each layer's scores by this, before members are combined")
+    aggregate: Aggregate = Field("sum", description="how the members of a group are combined")
 
 
 @CRITERIA.register("taylor")
