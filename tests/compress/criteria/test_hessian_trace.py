@@ -16,7 +16,8 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.block, self.head = nn.Conv2d(1, 4, 2, 2), nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True), nn.Linear(4, 3)
+        self.stem, self.head = nn.Conv2d(1, 4, 2, 2), nn.Linear(4, 3)
+        self.block = nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True)
         self.double().eval()
 
     def forward(self, x):
@@ -92,5 +93,6 @@ def test_a_residual_stream_adds_the_traces_of_its_layers(side, names):
         weight = weights[member.parameter]
         rows, squares = (t.reshape(weight.shape).movedim(member.dim, 0).flatten(1) for t in (diagonal, weight.square()))
         expected = expected + rows.mean(1) * squares.sum(1)
-    ours = CRITERIA["hessian_trace"].score(graph, net, [(X, Y)], functional.cross_entropy, torch.Generator().manual_seed(0), probes=1, side=side)
+    ours = CRITERIA["hessian_trace"].score(
+        graph, net, [(X, Y)], functional.cross_entropy, torch.Generator().manual_seed(0), probes=1, side=side)
     torch.testing.assert_close(ours[group.name], expected)

@@ -1,4 +1,4 @@
-"""Oracle: exact Gauss-Newton blocks of the squared error (tests/oracles), the K-FAC identity of a last layer, by-hand networks with tied weights."""
+"""Oracle: exact Gauss-Newton blocks of the squared error (tests/oracles), gradients by autograd, one module that runs twice."""
 
 import copy
 
@@ -14,7 +14,7 @@ from compress.graph import trace
 from tests.compress.curvature.nets import randn
 from tests.oracles.curvature import ggn_block
 
-FISHER = {"kron_obd": "exact", "kron_obs": "exact", "c_obs": "exact", "obd": "exact", "obs": "exact", "c_obd": "exact", "woodfisher": "empirical"}
+FISHER = dict.fromkeys(["kron_obd", "kron_obs", "c_obs", "obd", "obs", "c_obd"], "exact") | {"woodfisher": "empirical"}
 X = randn(9, 2, 5, 5)
 
 
@@ -92,8 +92,8 @@ DATA = [(X[:5], torch.tensor([0, 1, 2, 1, 0])), (X[5:], torch.tensor([2, 2, 0, 1
 
 @pytest.mark.parametrize("name", [*FISHER, "taylor", "taylor_2016"])
 def test_layers_with_one_weight_are_refused(name):
-    with pytest.raises(UserError, match="^Layers 'a' and 'b' share a parameter, and this criterion measures single layers; exclude them, or use "
-                                        "the criterion 'taylor_fo' or 'hessian_trace'.$"):
+    with pytest.raises(UserError, match="^Layers 'a' and 'b' share a parameter, and this criterion measures single layers; exclude them, "
+                                        "or use the criterion 'taylor_fo' or 'hessian_trace'.$"):
         score(name, Tied(False), DATA, functional.cross_entropy)
     assert all(values.max() > 0 for values in score(name, Tied(True), DATA, functional.cross_entropy).values())
 

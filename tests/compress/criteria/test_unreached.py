@@ -1,4 +1,4 @@
-"""Oracle: whether autograd finds a path from the loss to a layer, by construction of the networks; the same layer with a path and zero gradients."""
+"""Oracle: whether a path leads from the loss to a layer, by construction of the networks; the same layer with a path and zero gradients."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from compress.errors import UserError
 from compress.graph import trace
 from tests.compress.curvature.nets import randn
 
-OPTIONS = {"taylor": {}, "taylor_2016": {}, "taylor_fo": {"slices": "producer"}, "hessian_trace": {}, "woodfisher": {}, "c_obd": {}, "obd": {},
-           "kron_obs": {}, "c_obs": {}}
+OPTIONS = {"taylor": {}, "taylor_2016": {}, "taylor_fo": {"slices": "producer"}, "hessian_trace": {}, "woodfisher": {}, "c_obd": {},
+           "obd": {}, "kron_obs": {}, "c_obs": {}}
 OUTSIDE = [name for name in OPTIONS if name not in ("taylor_fo", "hessian_trace")]  # these two follow the weight wherever it is used
 DATA = [(randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])), (randn(3, 3, 8, 8, seed=1), torch.tensor([2, 0, 1]))]
 
@@ -53,8 +53,8 @@ def test_a_layer_without_gradients_is_named(name, how):
     if how == "function" and issubclass(CRITERIA[name], SecondOrder):
         assert str(error.value) == "Layer 'a' was named for statistics, but no calibration image reached it as a module; exclude it."
     else:
-        assert str(error.value) == ("No gradient reached layer 'a' (it runs without gradients, outside its module, or its output is unused); "
-                                    "exclude it.")
+        assert str(error.value) == ("No gradient reached layer 'a' (it runs without gradients, outside its module, or its output is "
+                                    "unused); exclude it.")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
