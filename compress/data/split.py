@@ -102,10 +102,11 @@ class Split(ABC):
                 images = crop_and_flip(images, draws[part], self.transform.padding)
             yield normalise(images, self._mean, self._std), labels
 
-    def rows(self, rows: Tensor, batch_size: int) -> list[tuple[Tensor, Tensor]]:
-        """The given rows as a list of normalised batches, without augmentation."""
+    def rows(self, rows: Tensor, batch_size: int, augment: torch.Generator | None = None) -> list[tuple[Tensor, Tensor]]:
+        """The given rows as a list of normalised batches, augmented by draws from the CPU generator `augment` where there is one."""
         parts = [slice(first, last) for first, last in batch_bounds(len(rows), batch_size)]
-        return list(self._give(rows, None, parts))
+        draws = None if augment is None else draw(len(rows), self.transform, augment).to(self.device)
+        return list(self._give(rows, draws, parts))
 
 
 class TensorSplit(Split):

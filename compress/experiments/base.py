@@ -122,5 +122,5 @@ def accuracy(model: nn.Module, data: DataBundle, settings: Experiment) -> float:
 def recalibrated(model: nn.Module, data: DataBundle, images: int, seed: int, batch_size: int = 256) -> nn.Module:
     """A copy of the network with BatchNorm statistics measured on `images` training images."""
     twin = copy.deepcopy(model)
-    recalibrate(twin, data.calibration(images, batch_size, torch.Generator().manual_seed(seed)))
+    recalibrate(twin, data.recalibration(images, batch_size, torch.Generator().manual_seed(seed)))
     return twin

@@ -120,7 +120,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
         started = time.perf_counter()
     done = phase.change(entry.method, result, context, state, config.prune.budget)
     if config.prune.recalibration_images:
-        images = job.data.calibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
+        images = job.data.recalibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         recalibrate(result, images)
     spent += time.perf_counter() - started
     row, changed = effect(base.model, result, example)

@@ -23,7 +23,7 @@ def network():
 @pytest.mark.parametrize("way", ["global", "uniform"])
 def test_our_side_stops_at_or_below_the_target(way):
     model = network()
-    small = Ours(model, "l1", batches(), X).at(1.5, way)
+    small = Ours(model, "l1", batches(), batches(), X).at(1.5, way)
     ratio = count(model, X).macs / count(small, X).macs
     assert 1.5 <= ratio <= 1.65
 
@@ -33,7 +33,7 @@ def test_the_rival_stops_at_or_below_the_target_in_both_ways(name, monkeypatch):
     pytest.importorskip("torch_pruning")
     monkeypatch.setattr("benchmarks.one_shot.STEPS", 20)
     model = network()
-    side = Rival(model, name, batches(), X)
+    side = Rival(model, name, batches(), batches(), X)
     for way in ("steps", "one step"):
         small = side.at(1.5, way)
         assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

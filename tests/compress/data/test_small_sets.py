@@ -75,6 +75,25 @@ def test_calibration_draws_distinct_training_images_without_augmentation():
     assert len(torch.cat([y for _, y in data.calibration(10**6, 500, torch.Generator())])) == len(data.train)
 
 
+def test_recalibration_draws_crops_and_flips_of_the_calibration_images():
+    """Every image is one of the 2 x 25 views of its calibration image, black outside; without augmentation it is that image."""
+    data, plain = load(crop_padding=2, flip=True), load(crop_padding=0, flip=False)
+    seed = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    black = torch.tensor([(0 - mean) / std for mean, std in zip(data.mean, data.std, strict=True)])[:, None, None]
+    moved = 0
+    for (x, y), (seen, labels) in zip(data.calibration(40, 16, seed()), data.recalibration(40, 16, seed()), strict=True):
+        assert torch.equal(y, labels)
+        for image, view in zip(x, seen, strict=True):
+            wide = black.expand(-1, 12, 12).clone()
+            wide[:, 2:10, 2:10] = image
+            views = [wide[:, i:i + 8, j:j + 8] for i in range(5) for j in range(5)]
+            assert any(torch.allclose(view, side, atol=1e-5) for crop in views for side in (crop, crop.flip(-1)))
+            moved += not torch.equal(view, image)
+    assert moved > 30
+    for (x, _), (seen, _) in zip(plain.calibration(40, 16, seed()), plain.recalibration(40, 16, seed()), strict=True):
+        assert torch.equal(x, seen)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
