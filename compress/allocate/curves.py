@@ -1,9 +1,7 @@
 """What removing channels costs, measured one group at a time: the sensitivity curves of the allocation "measured".
 
 For each group the channels with the lowest scores are really removed, at a few fractions of its size, from a copy of the network, and the
-outputs are compared on calibration images. Symbols: p the softmax of the original outputs over dimension 1, q that of the cut network,
-    D(n) = mean over images (and positions) of KL(p || q) = sum_c p_c (log p_c - log q_c),   n channels removed.
-BatchNorm layers of both normalise with the batch's own statistics, as they will after recalibration. Between the measured points D
+outputs are compared on calibration images (`compress.allocate.outputs`): D(n) with n channels removed. Between the measured points D
 is read from the lower convex hull, along n^e with the exponent e that joins two neighbouring points of it, so that the loss of one further channel, l[k] = D(k + 1) - D(k), never falls with k.
 
 Losses of groups are treated as independent. Measuring the sensitivity of single layers this way is folklore of pruning (Li et al. 2017 plot it).
@@ -18,14 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.errors import UserError
-from compress.undisturbed import arguments, undisturbed
+from compress.allocate.outputs import IMAGES, Outputs
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)
-IMAGES = 256
 
 Cut = Callable[[dict[str, Tensor]], nn.Module]
 
@@ -45,16 +39,14 @@ def measure(graph: Any, model: nn.Module, scores: dict[str, Tensor], batches: It
     ------
     UserError: no images, or outputs that are no float tensor of logits [n, classes, ...].
     """
-    inputs = _first(batches, images)
-    reference = _log_probabilities(model, inputs)
+    reference = Outputs(model, batches, images)
     sizes = {group.name: group.size for group in graph.groups}
     found = {}
     for name, values in scores.items():
         order, points = torch.argsort(torch.as_tensor(values).double().cpu(), stable=True), [(0, 0.0)]
         for count in sorted({min(sizes[name] - 1, max(1, round(fraction * sizes[name]))) for fraction in fractions}):
             if count > 0:
-                outputs = _log_probabilities(cut({name: order[:count].sort().values}), inputs)
-                points.append((count, _divergence(reference, outputs)))
+                points.append((count, reference.divergence(cut({name: order[:count].sort().values}))))
         found[name] = marginals(points, sizes[name])
     return found
 
@@ -90,36 +82,3 @@ def _between(n: int, loss: float, following: int, larger: float, exponent: float
     if math.isinf(exponent) or exponent == 1.0:
         return loss + (larger - loss) * (places - n) / (following - n)
     return larger * (places / following) ** exponent
-
-
-def _first(batches: Iterable[tuple[Any, Any]], images: int) -> list[tuple]:
-    chosen, seen = [], 0
-    for inputs, targets in batches:
-        if seen >= images:
-            break
-        chosen.append(tuple(part[: images - seen] for part in arguments(inputs)))
-        seen += len(chosen[-1][0])
-    if not seen:
-        raise UserError("Allocation 'measured' needs calibration images to compare outputs on, and got none.")
-    return chosen
-
-
-def _log_probabilities(model: nn.Module, inputs: list[tuple]) -> list[Tensor]:
-    """log softmax of the outputs of every batch, BatchNorm normalising with the batch where it has more than one image."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    results = []
-    with torch.no_grad(), undisturbed(model):
-        for parts in inputs:
-            for norm in norms:
-                norm.training = len(parts[0]) > 1
-            outputs = model(*parts)
-            if not isinstance(outputs, Tensor) or outputs.ndim < 2 or not outputs.is_floating_point():
-                raise UserError("Allocation 'measured' compares class logits, a float tensor [n, classes, ...], and the network returns "
-                                f"{tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__}; choose 'global' or 'uniform'.")
-            results.append(F.log_softmax(outputs.float(), 1))
-    return results
-
-
-def _divergence(reference: list[Tensor], outputs: list[Tensor]) -> float:
-    total = sum(float(F.kl_div(q, p, log_target=True, reduction="sum").double()) for p, q in zip(reference, outputs, strict=True))
-    return total / sum(p.numel() // p.shape[1] for p in reference)

@@ -24,6 +24,12 @@ def check_weight(weight: Tensor) -> None:
         raise UserError(f"The weight of shape {tuple(weight.shape)} holds NaN or infinity; a decomposition needs finite weights.")
 
 
+def check_convolution(weight: Tensor) -> None:
+    """UserError unless the weight, which `check_weight` has passed, is one of a convolution."""
+    if weight.ndim != 4:
+        raise UserError(f"CP expects a convolution weight [o, c, kh, kw], got shape {tuple(weight.shape)}; use an SVD for matrices.")
+
+
 def check_rank(name: str, rank: int, largest: int) -> int:
     """The rank, or UserError unless it is an integer in [1, largest]."""
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
@@ -42,6 +48,12 @@ def check_sweeps(sweeps: int) -> None:
     """UserError unless the number of alternations is an integer above 0."""
     if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 1:
         raise UserError(f"The number of sweeps must be an integer above 0, got {sweeps!r}.")
+
+
+def check_iterations(iterations: int) -> None:
+    """UserError unless the number of descent steps is an integer of at least 0."""
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
+        raise UserError(f"The number of iterations must be an integer of at least 0, got {iterations!r}.")
 
 
 def check_damping(damping: float) -> None:

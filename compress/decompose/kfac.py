@@ -20,7 +20,6 @@ from compress.errors import UserError
 
 DAMPING = 1e-4
 
-
 def _roots(moment: Tensor, name: str, damping: float) -> tuple[Tensor, Tensor, Spectrum]:
     """S^(1/2), S^(-1/2) and the damped spectrum."""
     spectrum = eigh(moment, name)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from compress.decompose.eigen import eigendamage
 from compress.decompose.factors import Factors
 from compress.decompose.kfac import kfac_svd, kfac_tucker2
+from compress.decompose.kfac_cp import kfac_cp
 from compress.decompose.modules import build_block, dense_weight, factorizable, layer_cost, output_size
 from compress.decompose.unweighted import cp, svd, tucker2
 from compress.errors import UserError
 from compress.registry import nearest
 
 PLAIN: dict[str, Callable[..., Factors]] = {"svd": svd, "tucker2": tucker2, "cp": cp}
-WEIGHTED: dict[str, Callable[..., Factors]] = {"eigendamage": eigendamage, "kfac_svd": kfac_svd, "kfac_tucker2": kfac_tucker2}
+WEIGHTED: dict[str, Callable[..., Factors]] = {"eigendamage": eigendamage, "kfac_svd": kfac_svd, "kfac_tucker2": kfac_tucker2, "kfac_cp": kfac_cp}
 
 
 def factorize(
@@ -37,8 +38,8 @@ def factorize(
     ----------
     module: exactly `nn.Linear` or `nn.Conv2d`, or a block made here (its product is decomposed again). Grouped convolutions are
         decomposed per group with equal ranks.
-    method: "svd", "tucker2", "cp", "eigendamage", "kfac_svd", "kfac_tucker2", or finished `Factors`.
-    rank: an integer (svd, cp, kfac_svd) or a pair (r_o, r_c) per group (tucker2, eigendamage, kfac_tucker2).
+    method: "svd", "tucker2", "cp", "eigendamage", "kfac_svd", "kfac_tucker2", "kfac_cp", or finished `Factors`.
+    rank: an integer (svd, cp, kfac_svd, kfac_cp) or a pair (r_o, r_c) per group (tucker2, eigendamage, kfac_tucker2).
     A, G: input and output-gradient second moments for the weighted methods, as in `LayerFactors`: [d, d], or [groups, d, d] (as `second` of
         eigendamage) of a grouped convolution.
     input_shape: one image's input shape, [c, h, w] or [..., features]; given it, "smaller" counts MACs as well as parameters.

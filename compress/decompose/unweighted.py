@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.decompose.checks import check_rank, check_ranks, check_sweeps, check_weight
+from compress.decompose.checks import check_convolution, check_rank, check_ranks, check_sweeps, check_weight
 from compress.decompose.factors import Factors, orthonormalise, recompose
 from compress.errors import UserError
 
@@ -147,25 +147,36 @@ def cp(weight: Tensor, rank: int, sweeps: int = 100) -> Factors:
     """
     check_weight(weight)
     check_sweeps(sweeps)
-    if weight.ndim != 4:
-        raise UserError(f"CP expects a convolution weight [o, c, kh, kw], got shape {tuple(weight.shape)}; use svd for matrices.")
+    check_convolution(weight)
     o, c, kh, kw = weight.shape
     check_rank("rank", rank, min(o * c, o * kh * kw, c * kh * kw))
-    scale = torch.linalg.vector_norm(weight.detach().double()).item()
-    if scale == 0:
-        return Factors(weight.new_zeros(rank, c), weight.new_zeros(rank, 1, kh, kw), weight.new_zeros(o, rank), depthwise=True)
-    dense = (weight.detach().double().cpu() / scale).flatten(2)
+    if not weight.any():
+        return zero_cp(weight, rank)
+    dense = weight.detach().double()
+    candidates = [
+        orthonormalise(Factors(right.T, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)).map(lambda t: t.to(weight).contiguous())
+        for left, right, kernel in cp_modes(dense.flatten(2), rank, sweeps)
+    ]
+    # the start comes first, so that an error that is NaN is never the smallest
+    return min(candidates, key=lambda factors: (recompose(factors.map(lambda t: t.double())) - dense).square().sum().item())
+
+
+def zero_cp(weight: Tensor, rank: int) -> Factors:
+    """The CP factors of a weight of zeros."""
+    o, c, kh, kw = weight.shape
+    return Factors(weight.new_zeros(rank, c), weight.new_zeros(rank, 1, kh, kw), weight.new_zeros(o, rank), depthwise=True)
+
+
+def cp_modes(tensor: Tensor, rank: int, sweeps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(left [o, R], right [c, R], kernel [m, R]) of T [o, c, m], float64 and not zero: the nested SVD, then what alternation makes of it, if anything."""
+    scale = torch.linalg.vector_norm(tensor).item()
+    dense = tensor.cpu() / scale
     sizes, left, right, kernel = nested_svd(dense, rank)
     modes = (left * sizes[:rank], right, kernel)
     found = [modes]
     if sizes[rank:].square().sum() > EXACT:
         found += _alternate(dense, modes, sweeps)
-    candidates = [
-        orthonormalise(Factors(right.T * scale, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)).map(lambda t: t.to(weight).contiguous())
-        for left, right, kernel in found
-    ]
-    # the start comes first, so that an error that is NaN is never the smallest
-    return min(candidates, key=lambda factors: (recompose(factors.map(lambda t: t.double())) - weight.detach()).square().sum().item())
+    return [(left.to(tensor), (right * scale).to(tensor), kernel.to(tensor)) for left, right, kernel in found]
 
 
 def _alternate(dense: Tensor, modes: tuple[Tensor, ...], sweeps: int) -> list[tuple[Tensor, ...]]:

@@ -1,6 +1,7 @@
-"""Low-rank methods: `svd`, `tucker`, `cp` in the Frobenius norm, `kfac_svd`, `kfac_tucker` in the K-FAC norm.
+"""Low-rank methods: `svd`, `tucker`, `cp` in the Frobenius norm, `kfac_svd`, `kfac_tucker`, `kfac_cp` in the K-FAC norm.
 
-Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack ("global") or equal shares ("uniform") picks one option per layer.
+Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack over estimated ("global") or measured
+losses ("measured"), or equal shares ("uniform"), picks one option per layer.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from compress.allocate.outputs import Outputs
 from compress.config import Section
 from compress.curvature import LayerFactors, collect
 from compress.curvature.linalg import damped, power, Spectrum
 from compress.curvature.quadratic import channel_moment
 from compress.decompose.factors import Factors, merge_core, orthonormalise
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
+from compress.decompose.kfac_cp import kfac_cp, nested_losses
 from compress.decompose.modules import Calls, build_block, dense_weight, replace_module
 from compress.decompose.targets import candidates, observe
 from compress.decompose.unweighted import cp, nested_svd, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
-from compress.methods.menus import Menu, build_menu, choose, least, tails, uniform
+from compress.methods.measured_menus import measure_menus
+from compress.methods.menus import Menu, Ranks, build_menu, choose, least, tails, uniform
 from compress.plan import Plan
 from compress.steps.factorize import blocks, factorize_step
 
@@ -44,6 +48,15 @@ class WeightedOptions(Section):
     ekfac: bool = Field(True, description="put the layers on one scale by their measured gradient norms (a second pass over the data)")
 
 
+@dataclass
+class Menus:
+    """What a method measured once: a menu per layer, second moments by layer, and the menus with measured losses once they were asked for."""
+
+    estimated: list[Menu]
+    moments: dict[str, LayerFactors]
+    measured: list[Menu] | None = None
+
+
 @dataclass(frozen=True)
 class Kind:
     """One decomposition: how many ranks, its factors at given ranks, and its loss estimate."""
@@ -56,10 +69,17 @@ class Kind:
 KINDS = {
     "svd": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0])),
     "tucker": Kind(2, False, lambda w, ranks, entry: _two_if_flat(tucker2(w, ranks))),
-    "cp": Kind(1, False, lambda w, ranks, entry: cp(w, ranks[0]) if w.ndim == 4 else svd(w, ranks[0])),
+    "cp": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0]) if flat(w) else cp(w, ranks[0])),
     "kfac_svd": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0])),
     "kfac_tucker": Kind(2, True, lambda w, ranks, entry: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
+    "kfac_cp": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0]) if flat(w) else kfac_cp(w, entry.A, entry.G, ranks[0])),
 }
+PRODUCTS = ("cp", "kfac_cp")  # sums of products of three vectors, where the kernel is larger than 1x1
+
+
+def flat(weight: Tensor) -> bool:
+    """Whether the weight is a matrix or a 1x1 kernel."""
+    return weight[0, 0].numel() == 1
 
 
 def _two_if_flat(factors: Factors) -> Factors:
@@ -76,7 +96,7 @@ class RankMethod:
     """Factorizes layers by the decomposition `name`, with ranks chosen under the budget."""
 
     budgets = QUANTITIES
-    allocations = ("global", "uniform")
+    allocations = ("global", "uniform", "measured")
     rounds_widths = True
     by_channels = False
 
@@ -91,7 +111,7 @@ class RankMethod:
     def _options(self, options: dict[str, Any]) -> Any:
         return parse_options(self.name, WeightedOptions if self.kind.weighted else PlainOptions, options)
 
-    def prepare(self, context: Context) -> tuple[list[Menu], dict[str, LayerFactors]]:
+    def prepare(self, context: Context) -> Menus:
         """A menu per layer, and the layers' second moments where the method is weighted."""
         inputs = layer_inputs(context)
         moments: dict[str, LayerFactors] = {}
@@ -99,7 +119,18 @@ class RankMethod:
             options = self._options(context.options)
             moments = collect(context.model, context.batches, layers=list(inputs), fisher=options.fisher, samples=options.samples, bias=False,
                               generator=context.generator, ekfac=options.ekfac)
-        return [self._menu(context, name, calls, moments.get(name)) for name, calls in inputs.items()], moments
+        return Menus([self._menu(context, name, calls, moments.get(name)) for name, calls in inputs.items()], moments)
+
+    def measured(self, context: Context, state: Menus) -> list[Menu]:
+        """The menus with losses measured on `context.model`, once for this state."""
+        if state.measured is None:
+            reference = Outputs(context.model, context.batches)
+            state.measured = measure_menus(state.estimated, context.model, lambda menu, ranks: self._block(context.model, menu.name, ranks, state), reference)
+        return state.measured
+
+    def _block(self, model: nn.Module, name: str, ranks: Ranks, state: Menus) -> nn.Module:
+        module = model.get_submodule(name)
+        return build_block(module, self.kind.factors(dense_weight(module).detach(), ranks, state.moments.get(name)))
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where even the smallest ranks keep too much."""
@@ -118,38 +149,39 @@ class RankMethod:
             raise UserError(f"A budget that removes {ratio:g} of the {quantity} cannot be reached: at most {reachable:.4f} can be removed by {self.name} over {len(menus)} layers.")
         return max((1 - ratio) * original - rest, smallest)
 
-    def apply(self, model: nn.Module, context: Context, state: tuple[list[Menu], dict[str, LayerFactors]], budget: dict[str, float]) -> Plan:
+    def apply(self, model: nn.Module, context: Context, state: Menus, budget: dict[str, float]) -> Plan:
         """Factorize layers of `model` in place until `budget` is met."""
-        menus, moments = state
+        menus = self.measured(context, state) if context.allocation == "measured" else state.estimated
         index, limit = QUANTITIES.index(*budget), self._limit(context, menus, budget)
         before, skipped = blocks(model), candidates(model, context.exclude, observe(model, context.example))[1]
         if limit >= sum(menu.costs[0][index] for menu in menus):
             return Plan([factorize_step(before, model)], {"skipped": skipped})
-        chosen = (choose if context.allocation == "global" else uniform)(menus, index, limit)
+        chosen = (uniform if context.allocation == "uniform" else choose)(menus, index, limit)
         for menu, option in zip(menus, chosen):
             if menu.ranks[option] is not None:
-                module = model.get_submodule(menu.name)
-                factors = self.kind.factors(dense_weight(module).detach(), menu.ranks[option], moments.get(menu.name))
-                replace_module(model, menu.name, build_block(module, factors))
+                replace_module(model, menu.name, self._block(model, menu.name, menu.ranks[option], state))
         return Plan([factorize_step(before, model)], {"skipped": skipped})
 
     def _menu(self, context: Context, name: str, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:
         module = context.model.get_submodule(name)
         weight = dense_weight(module).detach()
         o, c = weight.shape[:2]
-        flat = self.kind.sides == 2 and weight[0, 0].numel() == 1
-        if self.kind.sides == 2 and not flat:
+        merged = self.kind.sides == 2 and flat(weight)
+        if self.kind.sides == 2 and not merged:
             largest: tuple[int, ...] = (o, c)
-        elif self.name == "cp" and weight.ndim == 4:
+        elif self.name in PRODUCTS and not flat(weight):
             largest = (min(o * c, o * weight[0, 0].numel(), c * weight[0, 0].numel()),)
         else:
             largest = (min(o, weight[0].numel()),)
         loss = self._loss(weight, entry) if estimate else lambda ranks: 0.0
         menu = build_menu(name, module, calls, lambda ranks: _shape(self.name, weight, ranks), largest, loss, context.round_to)
-        return replace(menu, ranks=tuple(ranks and ranks * 2 for ranks in menu.ranks)) if flat else menu
+        return replace(menu, ranks=tuple(ranks and ranks * 2 for ranks in menu.ranks)) if merged else menu
 
     def _loss(self, weight: Tensor, entry: LayerFactors | None) -> Callable[[tuple[int, ...]], float]:
-        if self.name == "kfac_svd":
+        if self.name == "kfac_cp" and not flat(weight):
+            bound = entry.scale() * nested_losses(weight, entry.A, entry.G, largest=saving_rank(weight))
+            return lambda ranks: float(bound[min(ranks[0], len(bound) - 1)])
+        if self.name in ("kfac_svd", "kfac_cp"):
             energy = whitened_spectrum(weight, entry.A, entry.G).square()
             left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
             return lambda ranks: 0.5 * entry.scale() * float(left[min(ranks[0], len(left) - 1)])
@@ -163,10 +195,15 @@ class RankMethod:
         at = lambda tail, r: float(tail[min(r, len(tail) - 1)])  # noqa: E731
         if self.kind.sides == 2 and dense.shape[2] > 1:
             return lambda ranks: factor * min(at(rows, ranks[0]) + at(columns, ranks[1]), float(rows[0]))
-        if self.name == "cp" and weight.ndim == 4:
+        if self.name == "cp" and not flat(weight):
             rest = cp_bound(weight)
             return lambda ranks: factor * at(rest, ranks[0])
         return lambda ranks: factor * at(rows, ranks[0])
+
+
+def saving_rank(weight: Tensor) -> int:
+    """The largest rank at which products of three vectors have fewer weights than the kernel."""
+    return max(1, weight.numel() // (weight.shape[0] + weight.shape[1] + weight[0, 0].numel()))
 
 
 def cp_bound(weight: Tensor) -> Tensor:
@@ -190,7 +227,7 @@ def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
             return Factors(torch.empty(ranks[1], c), torch.empty(*ranks, *kernel), torch.empty(o, r))
         if not kernel:
             return Factors(torch.empty(r, c), None, torch.empty(o, r))
-        if name == "cp":
+        if name in PRODUCTS and not flat(weight):
             return Factors(torch.empty(r, c), torch.empty(r, 1, *kernel), torch.empty(o, r), depthwise=True)
         return Factors(None, torch.empty(r, c, *kernel), torch.empty(o, r))
 

@@ -68,7 +68,7 @@ def build_menu(name: str, module: nn.Module, inputs: tuple[int, ...] | Calls, sh
 
 def choose(menus: list[Menu], quantity: int, limit: float) -> list[int]:
     """The option of each menu with the least total loss whose total of `quantity` (0 parameters, 1 MACs) is at most `limit`."""
-    fronts = [_front(menu, quantity) for menu in menus]
+    fronts = [front(menu, quantity) for menu in menus]
     found = knapsack([[Option(menu.losses[i], (menu.costs[i][quantity],)) for i in front] for menu, front in zip(menus, fronts)], [limit])
     return [front[index] for front, index in zip(fronts, found)]
 
@@ -98,7 +98,7 @@ def least(menus: list[Menu], quantity: int) -> int:
     return sum(min(cost[quantity] for cost in menu.costs) for menu in menus)
 
 
-def _front(menu: Menu, quantity: int) -> list[int]:
+def front(menu: Menu, quantity: int) -> list[int]:
     """Options that no other one beats in both loss and cost, cheapest first."""
     order = sorted(range(len(menu.ranks)), key=lambda i: (menu.costs[i][quantity], menu.losses[i]))
     front: list[int] = []

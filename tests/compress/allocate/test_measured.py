@@ -119,8 +119,8 @@ def test_what_it_needs_and_who_has_it():
     assert needs_data("l1", "measured") and not needs_data("l1", "global")
     with pytest.raises(UserError, match="Allocation 'measured' needs calibration data"):
         compress(model, x, method="l1", allocation="measured")
-    with pytest.raises(UserError, match="'svd' shares its budget by one of global, uniform"):
-        compress(model, x, method="svd", allocation="measured")
+    with pytest.raises(UserError, match="'eigendamage' shares its budget by one of global"):
+        compress(model, x, _batches(), method="eigendamage", allocation="measured")
     with pytest.raises(UserError, match="measured loss of every channel group"):
         allocate(trace(model, x), {"0.weight": torch.arange(8.0)}, {"macs": 0.2}, kind="measured")
     with pytest.raises(UserError, match="compares class logits"):

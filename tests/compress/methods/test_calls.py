@@ -83,7 +83,7 @@ def context(model, images=1):
 def test_the_menus_and_the_rest_are_the_whole_network_before_and_after(kind, images):
     model, generator = built(kind), torch.Generator().manual_seed(1)
     for name, decompose in (("svd", lambda w, ranks: svd(w, ranks[0])), ("cp", lambda w, ranks: cp(w, ranks[0], 1) if w.ndim == 4 else svd(w, ranks[0]))):
-        menus, small = method(name).prepare(context(model, images))[0], copy.deepcopy(model)
+        menus, small = method(name).prepare(context(model, images)).estimated, copy.deepcopy(model)
         picks = [int(torch.randint(len(menu.ranks), (), generator=generator)) for menu in menus]
         for menu, pick in zip(menus, picks):
             if pick:

@@ -47,7 +47,7 @@ def test_two_factors_of_one_rank_meet_the_budget(model, name, quantity):
 
 def test_tucker_of_a_matrix_is_its_truncated_svd_at_the_loss_of_the_menu(model):
     small, _, report = compress(model, X[:1], method="tucker", budget={"params": 0.4}, recalibrate=False)
-    losses = {menu.name: dict(zip(menu.ranks, menu.losses)) for menu in prepared("tucker", model)[0]}
+    losses = {menu.name: dict(zip(menu.ranks, menu.losses)) for menu in prepared("tucker", model).estimated}
     for layer, (_, ranks) in report.ranks.items():
         w, found = model.get_submodule(layer).weight.detach(), dense_weight(small.get_submodule(layer))
         torch.testing.assert_close(found, truncated(w, ranks[0]), rtol=1e-9, atol=1e-10)

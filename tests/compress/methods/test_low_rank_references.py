@@ -89,7 +89,7 @@ def quadratic(change, A, G):
 
 
 def test_kfac_svd_costs_what_the_menu_says_and_no_more_than_any_other_weight_of_its_rank(network):
-    menus, moments = prepared("kfac_svd", network)
+    menus, moments = (state := prepared("kfac_svd", network)).estimated, state.moments
     generator = torch.Generator().manual_seed(5)
     for menu in menus:
         w, entry = network.get_submodule(menu.name).weight.detach(), moments[menu.name]
@@ -110,7 +110,7 @@ def test_kfac_svd_costs_what_the_menu_says_and_no_more_than_any_other_weight_of_
 
 
 def test_kfac_tucker_costs_no_more_than_plain_tucker_or_random_bases_of_its_ranks(network):
-    menus, moments = prepared("kfac_tucker", network)
+    menus, moments = (state := prepared("kfac_tucker", network)).estimated, state.moments
     generator = torch.Generator().manual_seed(6)
     for menu in menus:
         w, entry = network.get_submodule(menu.name).weight.detach(), moments[menu.name]
@@ -125,7 +125,7 @@ def test_kfac_tucker_costs_no_more_than_plain_tucker_or_random_bases_of_its_rank
 
 
 def test_the_estimate_for_kfac_tucker_bounds_its_cost_under_the_channel_moment(network):
-    menus, moments = prepared("kfac_tucker", network)
+    menus, moments = (state := prepared("kfac_tucker", network)).estimated, state.moments
     for menu in menus:
         w, entry = network.get_submodule(menu.name).weight.detach(), moments[menu.name]
         offsets = w[0, 0].numel()
@@ -140,7 +140,7 @@ def test_the_estimate_for_kfac_tucker_bounds_its_cost_under_the_channel_moment(n
 @pytest.mark.parametrize("name", ["svd", "kfac_svd", "tucker"])
 @pytest.mark.parametrize("quantity", [0, 1])
 def test_the_allocation_is_the_best_of_all_combinations(network, name, quantity):
-    menus = prepared(name, network)[0]
+    menus = prepared(name, network).estimated
     # every tenth option of each layer, so that all combinations can be tried
     menus = [type(menu)(menu.name, *(part[:1] + part[1:][::max(1, len(menu.ranks) // 10)] for part in (menu.ranks, menu.losses, menu.costs))) for menu in menus]
     assert all(menu.costs[0] == layer_cost(network.get_submodule(menu.name), shape) for menu, shape in
