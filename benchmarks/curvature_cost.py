@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -118,7 +117,8 @@ def one_pass(name: str, kind: str, batch: int) -> None:
     plain(model, [(x, torch.randint(classes, (batch,)))])
     if kind != "plain":
         collect(model, [x], patch=kind)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # not ru_maxrss, which a new process inherits from the one that starts it
+    print(next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 
 
 def memory(name: str, batch: int) -> dict[str, object]:
