@@ -113,7 +113,7 @@ class PruneConfig(Section):
     budget: Literal["params", "macs", "latency", "weights"] = Field("macs", description="quantity that the ratio is taken of")
     ratios: list[float] = Field([0.5], min_length=1, description="fractions REMOVED of the budgeted quantity, each in [0, 1)")
     allocation: Literal["uniform", "global", "measured"] = Field(
-        "global", description="how the budget is shared: the same fraction of every group, one threshold, or (channels) by the loss measured group by group")
+        "global", description="how the budget is shared: the same fraction of every group, one threshold, or by the loss measured layer by layer")
     max_layer_ratio: float = Field(0.95, gt=0, lt=1, description="largest fraction of a group's channels that may be removed (channel methods; the EigenDamage kinds have the option cap, the other low-rank methods and masks no limit)")
     round_to: int = Field(1, ge=1, description="kept widths (channel methods) and ranks (low rank) are multiples of this where the width allows, and the budget is then met from below; the EigenDamage kinds and masks take 1 only")
     exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are, the channels that they read included")

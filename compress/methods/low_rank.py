@@ -48,6 +48,12 @@ class WeightedOptions(Section):
     ekfac: bool = Field(True, description="put the layers on one scale by their measured gradient norms (a second pass over the data)")
 
 
+class CpOptions(WeightedOptions):
+    """Options of the K-FAC weighted CP."""
+
+    iterations: int = Field(50, ge=0, description="of the descent on input vectors and kernels; 0 fits the output vectors only")
+
+
 @dataclass
 class Menus:
     """What a method measured once: a menu per layer, second moments by layer, and the menus with measured losses once they were asked for."""
@@ -67,12 +73,12 @@ class Kind:
 
 
 KINDS = {
-    "svd": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0])),
-    "tucker": Kind(2, False, lambda w, ranks, entry: _two_if_flat(tucker2(w, ranks))),
-    "cp": Kind(1, False, lambda w, ranks, entry: svd(w, ranks[0]) if flat(w) else cp(w, ranks[0])),
-    "kfac_svd": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0])),
-    "kfac_tucker": Kind(2, True, lambda w, ranks, entry: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
-    "kfac_cp": Kind(1, True, lambda w, ranks, entry: kfac_svd(w, entry.A, entry.G, ranks[0]) if flat(w) else kfac_cp(w, entry.A, entry.G, ranks[0])),
+    "svd": Kind(1, False, lambda w, ranks, entry, options: svd(w, ranks[0])),
+    "tucker": Kind(2, False, lambda w, ranks, entry, options: _two_if_flat(tucker2(w, ranks))),
+    "cp": Kind(1, False, lambda w, ranks, entry, options: svd(w, ranks[0]) if flat(w) else cp(w, ranks[0])),
+    "kfac_svd": Kind(1, True, lambda w, ranks, entry, options: kfac_svd(w, entry.A, entry.G, ranks[0])),
+    "kfac_tucker": Kind(2, True, lambda w, ranks, entry, options: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
+    "kfac_cp": Kind(1, True, lambda w, ranks, entry, options: _kfac_cp(w, ranks[0], entry, options)),
 }
 PRODUCTS = ("cp", "kfac_cp")  # sums of products of three vectors, where the kernel is larger than 1x1
 
@@ -80,6 +86,10 @@ PRODUCTS = ("cp", "kfac_cp")  # sums of products of three vectors, where the ker
 def flat(weight: Tensor) -> bool:
     """Whether the weight is a matrix or a 1x1 kernel."""
     return weight[0, 0].numel() == 1
+
+
+def _kfac_cp(weight: Tensor, rank: int, entry: LayerFactors, options: CpOptions) -> Factors:
+    return kfac_svd(weight, entry.A, entry.G, rank) if flat(weight) else kfac_cp(weight, entry.A, entry.G, rank, options.iterations)
 
 
 def _two_if_flat(factors: Factors) -> Factors:
@@ -109,7 +119,8 @@ class RankMethod:
         self._options(options)
 
     def _options(self, options: dict[str, Any]) -> Any:
-        return parse_options(self.name, WeightedOptions if self.kind.weighted else PlainOptions, options)
+        known = CpOptions if self.name == "kfac_cp" else WeightedOptions if self.kind.weighted else PlainOptions
+        return parse_options(self.name, known, options)
 
     def prepare(self, context: Context) -> Menus:
         """A menu per layer, and the layers' second moments where the method is weighted."""
@@ -125,12 +136,12 @@ class RankMethod:
         """The menus with losses measured on `context.model`, once for this state."""
         if state.measured is None:
             reference = Outputs(context.model, context.batches)
-            state.measured = measure_menus(state.estimated, context.model, lambda menu, ranks: self._block(context.model, menu.name, ranks, state), reference)
+            state.measured = measure_menus(state.estimated, context.model, lambda menu, ranks: self._block(context, menu.name, ranks, state), reference)
         return state.measured
 
-    def _block(self, model: nn.Module, name: str, ranks: Ranks, state: Menus) -> nn.Module:
-        module = model.get_submodule(name)
-        return build_block(module, self.kind.factors(dense_weight(module).detach(), ranks, state.moments.get(name)))
+    def _block(self, context: Context, name: str, ranks: Ranks, state: Menus, model: nn.Module | None = None) -> nn.Module:
+        module = (model or context.model).get_submodule(name)
+        return build_block(module, self.kind.factors(dense_weight(module).detach(), ranks, state.moments.get(name), self._options(context.options)))
 
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where even the smallest ranks keep too much."""
@@ -159,7 +170,7 @@ class RankMethod:
         chosen = (uniform if context.allocation == "uniform" else choose)(menus, index, limit)
         for menu, option in zip(menus, chosen):
             if menu.ranks[option] is not None:
-                replace_module(model, menu.name, self._block(model, menu.name, menu.ranks[option], state))
+                replace_module(model, menu.name, self._block(context, menu.name, menu.ranks[option], state, model))
         return Plan([factorize_step(before, model)], {"skipped": skipped})
 
     def _menu(self, context: Context, name: str, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:

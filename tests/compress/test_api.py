@@ -81,6 +81,9 @@ def test_recalibration_uses_the_calibration_data_only_where_asked():
     assert torch.equal(plain.bn1.running_mean, torch.zeros_like(plain.bn1.running_mean))
     expected = torch.cat([fresh.conv1(x) for x, _ in batches]).mean((0, 2, 3))
     torch.testing.assert_close(fresh.bn1.running_mean, expected, rtol=1e-4, atol=1e-5)
+    others = [(x + 1, y) for x, y in batches]
+    shifted, _, _ = compress(model, batches[0][0], batches, recalibrate=others)
+    torch.testing.assert_close(shifted.bn1.running_mean, torch.cat([fresh.conv1(x) for x, _ in others]).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -88,7 +91,7 @@ def test_recalibration_uses_the_calibration_data_only_where_asked():
     ({"budget": {"macs": 0.5, "params": 0.5}}, "one of"), ({"method": "taylor_fo"}, "calibration"), ({"options": {"normalise": "max"}}, "did you mean 'normalize'"),
     ({"budget": {"macs": 0.9}, "max_layer_ratio": 0.3}, "cannot be reached"), ({"exclude": ["nothing"]}, "matches no"),
     ({"budget": 0.5}, "takes one of"), ({"budget": "macs"}, "takes one of"), ({"model": "resnet20"}, "expected a torch.nn.Module"),
-    ({"calibration": 3}, "got a int"), ({"calibration": [X]}, "batch 0"), ({"calibration": (X, X)}, "batch 0"), ({"calibration": [(X, X[:1])]}, "batch 0"),
+    ({"calibration": 3}, "got a int"), ({"calibration": [X]}, "batch 0"), ({"calibration": (X, X)}, "batch 0"), ({"calibration": [(X, X[:1])]}, "batch 0"), ({"recalibrate": [X]}, "recalibrate must be batches"),
     ({"exclude": "nothing"}, "'nothing' matches no"), ({"model": _locked()}, "cannot be copied"),
     ({"allocation": "layerwise"}, "Unknown allocation"), ({"budget": {"macs": "half"}}, r"\[0, 1\)"),
 ])
