@@ -5,7 +5,7 @@
 FOLDER holds `<network>_cifar10.safetensors`. Calibration and recalibration use the same 2,048 training images, recalibration under the augmentation
 that the networks were trained with (crops of 32 out of 40, flips): without it the uncompressed networks lose three points. Channel methods are
 run with all allocations: one threshold over all layers, the same fraction of each, and by measured losses; low rank by estimated and by
-measured losses. With --rivals
+measured losses. With --reconstruct the layers are fitted to the original's (`compress.reconstruct`). With --rivals
 Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter, in small steps and in one. Its Hessian
 criterion is run as released, which keeps the squares of the last image's gradient only. Results are kept row by row, so that an interrupted
 benchmark continues; a table is written beside them.
@@ -35,6 +35,7 @@ from compress.errors import CompressError
 from compress.files import write_json, write_text
 from compress.graph import trace
 from compress.methods import Context, method, names
+from compress.reconstruct import reconstruct
 from compress.train import evaluate, recalibrate
 from models import build, load_weights
 from models.layers import PadShortcut
@@ -42,6 +43,7 @@ from models.layers import PadShortcut
 NETWORKS = ("resnet20", "resnet32", "resnet56")
 SPEEDUPS = (1.5, 2.11)
 IMAGES, BATCH = 2048, 128
+RECONSTRUCTION = 1024
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 STEPS = 400  # of the rival's iterative pruning: fine enough to stop near the target
 
@@ -65,8 +67,8 @@ class Ours:
         self.context = Context(model, trace(model, example), example, batches, F.cross_entropy, torch.Generator().manual_seed(0))
         self.state = self.method.prepare(self.context)
 
-    def at(self, target: float, allocation: str) -> nn.Module:
-        """The network compressed to at most 1/target of its MACs, recalibrated; `allocation` is how channels are shared over the layers.
+    def at(self, target: float, allocation: str, fitted: bool = False) -> nn.Module:
+        """The network compressed to at most 1/target of its MACs, `fitted` to the original's layers, recalibrated.
 
         A budget of channels is met to within 1 %; where the result lies above it, a little more is asked for, since the rival stops only below.
         """
@@ -75,11 +77,13 @@ class Ours:
         context = replace(self.context, allocation=allocation)
         for _ in range(40):
             result = copy.deepcopy(self.model)
-            self.method.apply(result, context, self.state, {"macs": ratio})
+            plan = self.method.apply(result, context, self.state, {"macs": ratio})
             missing = count(result, self.context.example).macs / total - 1 / target
             if missing <= 0:
                 break
             ratio += 1e-3
+        if fitted:
+            reconstruct(result, self.model, plan, self.context.batches[: RECONSTRUCTION // BATCH])
         recalibrate(result, self.augmented)
         return result
 
@@ -170,8 +174,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name in ["dense", *arguments.methods, *(RIVALS if arguments.rivals else ())]:
             mine: Ours | Rival | None = None
             ways = ("steps", "one step") if name in RIVALS else ("global",) if name == "dense" else allocations(name)
-            for speedup, way in product(SPEEDUPS if name != "dense" else (1.0,), ways):
-                row = {"network": network, "method": name if way == ways[0] else f"{name}, {way}", "target": speedup}
+            ways = [way for way in ways if name == "dense" or name in RIVALS or way in (arguments.allocations or ways)]
+            fits = (", reconstructed",) if arguments.reconstruct and name not in ("dense", *RIVALS) else ("",)
+            for speedup, way, fit in product(SPEEDUPS if name != "dense" else (1.0,), ways, fits):
+                row = {"network": network, "method": (name if way in ("global", "steps") else f"{name}, {way}") + fit, "target": speedup}
                 if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
                     continue
                 torch.manual_seed(0)
@@ -179,7 +185,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 try:
                     if name != "dense":
                         mine = mine or (Rival if name in RIVALS else Ours)(model, name, batches, augmented, example)
-                        small = mine.at(speedup, way)
+                        small = mine.at(speedup, way, True) if fit else mine.at(speedup, way)
                     else:
                         small = model
                 except CompressError as error:
@@ -215,6 +221,8 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--methods", nargs="+", default=None)
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--allocations", nargs="+", default=None, choices=["global", "uniform", "measured"], help="default: all that a method has")
+    parser.add_argument("--reconstruct", action="store_true", help="layers fitted to the original's on 1,024 of the images before recalibration")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "one_shot.json")

@@ -119,6 +119,7 @@ class PruneConfig(Section):
     exclude: list[str] = Field(default_factory=list, description="name patterns (fnmatch) of layers whose parameters stay as they are, the channels that they read included")
     calibration_images: int = Field(1024, ge=1, description="training images used for statistics")
     calibration_batch_size: int = Field(128, ge=1, description="images per statistics step")
+    reconstruction_images: int = Field(0, ge=0, description="calibration images on which each layer of the compressed network is fitted to the original's outputs before BatchNorm is recalibrated; 0: none; not for masks")
     recalibration_images: int = Field(1024, ge=0, description="training images, augmented as in training, that BatchNorm statistics are measured on after surgery; 0: none")
     rounds: int = Field(1, ge=1, description="compress and fine-tune in so many rounds; finetune.epochs are those of one round")
     schedule: Literal["linear", "geometric", "cubic", "cosine", "one_cycle"] = Field("geometric", description="how the ratio is approached over several rounds")

@@ -186,6 +186,8 @@ def _method_faults(config: Config) -> list[str]:
             method.check(prune.method_options.get(name, {}))
             methods.check_allocation(name, prune.allocation)
             methods.check_rounding(name, prune.round_to)
+            if prune.reconstruction_images and method.budgets == ("weights",):
+                faults.append(f"`prune.reconstruction_images`: method {name!r} makes masks, whose zeros reconstruction would not keep; set it to 0.")
         except UserError as error:
             faults += [f"`prune.methods[{index}]`: {fault}" for fault in error.faults]
     faults += [f"`prune.method_options.{name}`: method {name!r} is not in prune.methods." for name in prune.method_options if name not in prune.methods]

@@ -35,6 +35,7 @@ from compress.pipeline.phases import Phase, phases
 from compress.pipeline.stages import Base, Job, share
 from compress.plan import Plan, apply_plan
 from compress.report import entry_name as row_name
+from compress.reconstruct import reconstruct
 from compress.train import evaluate, fit, recalibrate
 
 
@@ -119,6 +120,9 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
         context, state, spent = _scored(job, base, entry, model, example, plan.meta)
         started = time.perf_counter()
     done = phase.change(entry.method, result, context, state, config.prune.budget)
+    if config.prune.reconstruction_images:
+        images = job.data.calibration(config.prune.reconstruction_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
+        reconstruct(result, base.model, plan.steps + done.steps, images, example, exclude=config.prune.exclude)
     if config.prune.recalibration_images:
         images = job.data.recalibration(config.prune.recalibration_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         recalibrate(result, images)
