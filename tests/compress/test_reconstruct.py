@@ -142,7 +142,7 @@ class Shared(nn.Module):
 
 
 def test_layers_that_cannot_be_fitted_stay_as_they_are():
-    model, x = Shared(), torch.randn(64, 6)
+    model, x = Shared().double(), torch.randn(64, 6, dtype=torch.float64)
     small = copy.deepcopy(model)
     with torch.no_grad():
         small.first.weight[0] = 0
@@ -154,7 +154,7 @@ def test_layers_that_cannot_be_fitted_stay_as_they_are():
     for part in ("first", "twice", "frozen"):
         assert torch.equal(small.get_submodule(part).weight, kept.get_submodule(part).weight)
     expected = torch.linalg.lstsq(torch.cat([y := small.frozen(small.twice(torch.relu(small.twice(torch.relu(small.first(x)))))).detach(),
-                                             (DAMPING * y.square().sum(0).mean()).sqrt() * torch.eye(8)]),
+                                             (DAMPING * y.square().sum(0).mean()).sqrt() * torch.eye(8, dtype=torch.float64)]),
                                   torch.cat([model(x).detach(), (DAMPING * y.square().sum(0).mean()).sqrt() * kept.head.weight.detach().T])).solution.T
     torch.testing.assert_close(small.head.weight, expected, rtol=1e-3, atol=1e-4)
 
