@@ -38,8 +38,8 @@ class Fit(NamedTuple):
     after: float
 
 
-class _Stop(Exception):
-    """Ends a forward pass behind the layer that was asked for."""
+class _Stop(BaseException):
+    """Ends a forward pass at the layer that was asked for; no `except Exception` of the network's own code holds it up."""
 
 
 def reconstruct(model: nn.Module, original: nn.Module, plan: Plan | Sequence[Step], batches: Iterable[tuple[Any, Any]], example: Any = None,
@@ -132,11 +132,14 @@ def _fit(model: nn.Module, original: nn.Module, name: str, kept: Tensor, inputs:
     hooks = [layer.register_forward_pre_hook(read, with_kwargs=True, prepend=True), original.get_submodule(name).register_forward_hook(give)]
     try:
         for parts in inputs:
+            seen.clear()
             for network in (original, model):
                 try:
                     network(*parts)
                 except _Stop:
                     continue
+            if seen.keys() != {"x", "y"}:  # some networks read their layers' weights themselves in evaluation mode
+                return None
             wanted = seen["y"].movedim(-3, -1) if shape.convolution else seen["y"]
             sums = Sums(shape, len(kept), wanted.device) if sums is None else sums
             sums.add(seen["x"], wanted.index_select(-1, kept.to(wanted.device)))

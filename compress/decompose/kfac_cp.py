@@ -7,7 +7,8 @@ What is left is a function of B alone (variable projection, Golub and Pereyra 19
 A Cholesky factor T T^T = H turns the second term into 1/2 ||G^(1/2) N T^-T||_F^2, whose columns are what each further product explains: one
 factorization gives the loss at every rank of a nested start (`nested_losses`).
 
-Alternating least squares in the whitened weight needs A = C (x) K and stops two to four times above this loss on trained ResNet layers.
+On 3x3 layers of a trained ResNet-20 at R = o and 2 o this leaves 1/20 to 1/1.7 of the loss of `cp`, and 1/5 to 1/1.3 of that of alternating least
+squares on the weight whitened by G and by C (x) K, the nearest such product to A, with the output vectors refitted.
 """
 
 from __future__ import annotations
