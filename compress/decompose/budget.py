@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from compress.decompose.eigen import importance
-from compress.decompose.factors import recompose
+from compress.decompose.eigen import depthwise, importance
+from compress.decompose.factors import Factors, recompose
 from compress.decompose.rounds import EigenDamageOptions, Scored, accepted, apply_round, scores, select
 from compress.decompose.selection import Sides
-from compress.decompose.unweighted import cp
 from compress.errors import UserError
 
 
@@ -73,16 +72,18 @@ def splits_for(scored: dict[str, Scored], options: EigenDamageOptions, needed: t
         return None
     shares = {name: max(have / want for have, want in zip(saved, needed, strict=True) if want) for name, saved in savings.items()} if any(needed) else {}
     chosen: list[str] = []
-    for name in sorted(shares, key=lambda name: split_loss(scored[name]) / shares[name]):
+    for name in sorted(shares, key=lambda name: split_loss(scored[name], "svd" if options.depthwise == "svd" else "cp") / shares[name]):
         if not _enough(_total(savings[other] for other in (*chosen, name)), needed):
             chosen.append(name)
     return frozenset(chosen)
 
 
-def split_loss(entry: Scored) -> float:
-    """Predicted loss of the layer's core once it is split at full width."""
+def split_loss(entry: Scored, method: str = "cp") -> float:
+    """Predicted loss of the layer's core once it is split at full width by this `method` of `depthwise`."""
     if entry.split_loss is None:
-        change = recompose(cp(entry.weight, min(entry.weight.shape[:2]))) - entry.weight
+        outer = (torch.eye(size, dtype=entry.weight.dtype, device=entry.weight.device) for size in entry.weight.shape[1::-1])
+        whole = Factors(next(outer), entry.weight, next(outer))
+        change = recompose(depthwise(whole, method=method)) - entry.weight
         entry.split_loss = importance(change, *entry.spectra, entry.second)[0].sum().item() / 2
     return entry.split_loss
 

@@ -198,19 +198,20 @@ def test_one_image_and_dead_layers_give_a_working_network():
     assert torch.isfinite(net(X)).all()
 
 
-def test_under_a_budget_the_cheapest_layers_are_split_and_no_more_than_it_needs():
-    net, options = network(), EXACT.model_copy(update={"depthwise": True})
+@pytest.mark.parametrize("way", ["cp", "svd"])
+def test_under_a_budget_the_cheapest_layers_are_split_and_no_more_than_it_needs(way):
+    net, options = network(), EXACT.model_copy(update={"depthwise": way})
     entries = scores(net, batches(), options)
     everything = select(entries, options, 0.0)
     savings = accepted(entries, everything, options)
     most = sum(parameters for parameters, _ in savings.values())
     for name, entry in entries.items():
         if name in savings:
-            split = depthwise(keep_coordinates(entry.weight, *(spectrum.vectors for spectrum in entry.spectra), *everything[name]))
+            split = depthwise(keep_coordinates(entry.weight, *(spectrum.vectors for spectrum in entry.spectra), *everything[name]), method=way)
             factors = collect(net, batches(), fisher="exact", patch="channel", bias=False)[name]
             expected = predicted_loss(recompose(split) - entry.weight, factors.A, factors.G).item()
-            assert split_loss(entry) == pytest.approx(expected, rel=1e-3)
-    order = sorted(savings, key=lambda name: split_loss(entries[name]) / savings[name][0])
+            assert split_loss(entry, way) == pytest.approx(expected, rel=1e-3)
+    order = sorted(savings, key=lambda name: split_loss(entries[name], way) / savings[name][0])
     # enough for the first layer of this order, not for the first two
     wanted = savings[order[0]][0] + savings[order[1]][0] // 2
     assert splits_for(entries, options, (wanted, 0)) >= {order[0]} and order[1] not in splits_for(entries, options, (wanted, 0))
