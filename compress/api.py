@@ -202,7 +202,7 @@ def compress(
         allocation=allocation, max_layer_ratio=max_layer_ratio, round_to=round_to, verify=verify, options=options or {})
     plan = carry_out(method, result, context, chosen.prepare(context), {quantity: float(ratio)})
     if reconstruct:
-        fit(result, model, plan, batches, example_inputs, exclude=exclude)
+        fit(result, copy.deepcopy(model), plan, batches, example_inputs, exclude=exclude)
     if refresh:
         recalibrate_batchnorm(result, refresh)
     old, new = widths(model), widths(result)

@@ -54,18 +54,22 @@ def reconstruct(model: nn.Module, original: nn.Module, plan: Plan | Sequence[Ste
     damping: pull towards the weights as they are, in units of the mean second moment of the inputs.
     exclude: name patterns of layers that stay as they are.
 
-    Fitted are Linear and Conv2d, in groups or not, and the last factor of blocks; not those that are called more or less than once, share
-    parameters, are frozen, or do not exist in the original under the same name. BatchNorm statistics stay as they are.
+    Fitted are exactly Linear and Conv2d (no subclasses), in groups or not, and the last factor of blocks; not those that are called more or
+    less than once, share or parametrize parameters, are frozen, or do not exist in the original under the same name. A weight that the network
+    also reads outside its layer's call belongs into `exclude`. BatchNorm statistics stay as they are. Both networks are run and broken off.
 
     Returns the errors by layer; layers that need no fit are left out.
 
     Raises
     ------
-    UserError: no images, or a plan that zeroes weights (they would not stay zero). RunError: activations that are not finite.
+    UserError: no images, a plan that zeroes weights (they would not stay zero) or belongs to another network, damping that is not above 0.
+    RunError: activations that are not finite.
     """
     steps = list(plan.steps if isinstance(plan, Plan) else plan)
     if any(step["kind"] not in ("prune", "factorize") for step in steps):
         raise UserError("A network with masks cannot be reconstructed: its zeros would not stay.")
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < float("inf"):
+        raise UserError(f"The damping of a reconstruction is a number above 0, got {damping!r}.")
     inputs = [arguments(batch[0]) for batch in batches if len(arguments(batch[0])[0])]
     if not inputs:
         raise UserError("Reconstruction needs calibration images to compare outputs on, and got none.")
@@ -92,8 +96,10 @@ def _fitted(model: nn.Module, original: nn.Module, example: Any, exclude: Sequen
             continue
         last = _last(module)
         parameters = list(last.parameters(recurse=False))
-        kind = isinstance(original.get_submodule(name), (nn.Conv2d, nn.Linear, *BLOCKS)) and isinstance(last, (nn.Conv2d, nn.Linear))
-        if kind and all(owners[id(parameter)] == 1 and parameter.requires_grad for parameter in parameters) and {"weight"} <= last._parameters.keys():
+        # exactly these types: a subclass may compute anything with its weight
+        kind = type(original.get_submodule(name)) in (nn.Conv2d, nn.Linear, *BLOCKS) and type(last) in (nn.Conv2d, nn.Linear)
+        plain = "weight" in last._parameters and (last.bias is None or "bias" in last._parameters)
+        if kind and plain and all(owners[id(parameter)] == 1 and parameter.requires_grad for parameter in parameters):
             chosen.append(name)
     return chosen
 
@@ -118,6 +124,8 @@ def _kept(layer: nn.Module, name: str, steps: Sequence[Step]) -> Tensor:
 def _fit(model: nn.Module, original: nn.Module, name: str, kept: Tensor, inputs: list[tuple], damping: float) -> Fit | None:
     layer = _last(model.get_submodule(name))
     shape = geometry(layer)
+    if len(kept) != shape.outputs:
+        raise UserError(f"Layer {name!r} has {shape.outputs} outputs, and the plan leaves {len(kept)}; give all steps from the original to this network.")
     seen: dict[str, Tensor] = {}
 
     def read(_: nn.Module, given: tuple, keywords: dict[str, Any]) -> None:
@@ -129,7 +137,8 @@ def _fit(model: nn.Module, original: nn.Module, name: str, kept: Tensor, inputs:
         raise _Stop
 
     sums: Sums | None = None
-    hooks = [layer.register_forward_pre_hook(read, with_kwargs=True, prepend=True), original.get_submodule(name).register_forward_hook(give)]
+    # inside the user's own hooks: what the layer itself reads and gives
+    hooks = [layer.register_forward_pre_hook(read, with_kwargs=True), original.get_submodule(name).register_forward_hook(give, prepend=True)]
     try:
         for parts in inputs:
             seen.clear()
@@ -147,7 +156,7 @@ def _fit(model: nn.Module, original: nn.Module, name: str, kept: Tensor, inputs:
         for hook in hooks:
             hook.remove()
     if not torch.isfinite(sums.gram).all() or not torch.isfinite(sums.cross).all():
-        raise RunError(f"Layer {name!r} reads or gives NaN or infinity on the calibration data; the compressed network is broken before it can be fitted.")
+        raise RunError(f"Layer {name!r} reads or gives NaN or infinity on the calibration data; check the images, then the compressed network.")
     weights = [layer.weight.double().reshape(shape.groups, -1, shape.window)]
     if shape.bias:
         weights.append(layer.bias.double().reshape(shape.groups, -1, 1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.errors import UserError
+from compress.errors import RunError, UserError
 from compress.undisturbed import arguments, undisturbed
 
 IMAGES = 256
@@ -26,12 +26,14 @@ class Outputs:
 
     Raises
     ------
-    UserError: no images, or outputs that are no float tensor of logits [n, classes, ...].
+    UserError: no images, or outputs that are no float tensor of logits [n, classes, ...]. RunError: outputs that are not finite.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[tuple[Any, Any]], images: int = IMAGES) -> None:
         self.inputs = _first(batches, images)
         self.reference = _log_probabilities(model, self.inputs)
+        if not all(torch.isfinite(outputs).all() for outputs in self.reference):
+            raise RunError("The network gives NaN or infinity on the calibration images, with which nothing can be compared; check the images.")
 
     def divergence(self, changed: nn.Module) -> float:
         """D of the changed network; infinite or NaN where it was destroyed."""

@@ -33,7 +33,7 @@ def kfac_cp(weight: Tensor, A: Tensor, G: Tensor, rank: int, iterations: int = 5
     """1x1 (c -> R), depthwise kh x kw (R), 1x1 (R -> o) with the K-FAC loss brought down from that of `cp` by L-BFGS.
 
     The input vectors and kernels start from the nested SVD or from what `cp` makes of it, whichever leaves less; the loss never ends above
-    that of `cp` at this rank. A and G are damped by a fraction of their mean eigenvalue. Components have equal norms in the three factors.
+    that of `cp` at this rank (of the damped loss, up to the ridge). A and G are damped by a fraction of their mean eigenvalue. Components have equal norms in the three factors.
 
     Parameters
     ----------
@@ -95,7 +95,12 @@ class Projected:
 
     def _factor(self, basis: Tensor) -> Tensor:
         gram = basis.T @ self.A @ basis
-        return torch.linalg.cholesky(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        scale, eye = gram.detach().diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny ** 0.5), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        for ridge in (RIDGE, 1e-7, 1e-5):  # moments in float32 may be indefinite by more than the first
+            factor, info = torch.linalg.cholesky_ex(gram + ridge * scale * eye)
+            if not info.any():
+                return factor
+        return torch.linalg.cholesky(gram + 1e-3 * scale * eye)
 
     def explained(self, right: Tensor, kernel: Tensor) -> Tensor:
         """G^(1/2) N T^-T [o, R]: the squares of column r are twice the loss that product r explains beyond those before it."""

@@ -23,6 +23,8 @@ from compress.methods.menus import Menu, Ranks, front
 SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)  # of the layer's MACs that its measured replacements keep: the last is the cheapest there is
 DESTROYED = 1e6  # an infinite or undefined divergence: dearer than anything measured
 FLOOR = 1e-12
+RANGE = 1e-30  # of the largest estimate
+NOISE = 1e-7  # of a divergence computed in float32
 
 
 def measure_menus(menus: Sequence[Menu], model: nn.Module, block: Callable[[Menu, Ranks], nn.Module], reference: Outputs) -> list[Menu]:
@@ -36,7 +38,10 @@ def measure_menus(menus: Sequence[Menu], model: nn.Module, block: Callable[[Menu
         original, points = trial.get_submodule(menu.name), []
         for option in probes(menu):
             replace_module(trial, menu.name, block(menu, menu.ranks[option]))
-            loss = reference.divergence(trial)
+            try:
+                loss = reference.divergence(trial)
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # the network reads the layer's weight: it cannot be replaced
+                loss = math.inf
             points.append((menu.losses[option], loss if math.isfinite(loss) else DESTROYED))
             replace_module(trial, menu.name, original)
         result.append(replace(menu, losses=tuple(0.0 if ranks is None else loss for ranks, loss in zip(menu.ranks, rescale(menu.losses, points), strict=True))))
@@ -56,7 +61,11 @@ def rescale(estimates: Sequence[float], points: Sequence[tuple[float, float]]) -
     """D at every estimate from measured points (estimate, D)."""
     if not points:
         return list(estimates)
-    x, y = np.log(np.maximum(np.array(sorted(points)).T, FLOOR))
-    y = np.maximum.accumulate(y)
-    at = np.log(np.maximum(np.array(estimates), FLOOR))
-    return np.exp(np.interp(at, x, y) + np.minimum(at - x[0], 0.0) + np.maximum(at - x[-1], 0.0)).tolist()
+    # estimates have no scale of their own: those of a converged network are small
+    largest = max(*estimates, *(estimate for estimate, _ in points), np.finfo(float).tiny)
+    x = np.log(np.maximum([estimate / largest for estimate, _ in sorted(points)], RANGE))
+    y = np.maximum.accumulate(np.log(np.maximum([loss for _, loss in sorted(points)], FLOOR)))
+    at = np.log(np.maximum(np.array(estimates) / largest, RANGE))
+    losses = np.exp(np.interp(at, x, y) + np.minimum(at - x[0], 0.0) + np.maximum(at - x[-1], 0.0))
+    # where the measurement says nothing, the estimate orders
+    return (losses + NOISE * np.array(estimates) / largest).tolist()

@@ -159,6 +159,28 @@ def test_layers_that_cannot_be_fitted_stay_as_they_are():
     torch.testing.assert_close(small.head.weight, expected, rtol=1e-3, atol=1e-4)
 
 
+class Tenth(nn.Linear):
+    """A layer that does something else with its weight than a linear layer."""
+
+    def forward(self, x):
+        return functional.linear(x, self.weight * 0.1, self.bias)
+
+
+def test_subclasses_stay_and_hooks_of_the_user_act_outside():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), Tenth(16, 16), nn.ReLU(), nn.Linear(16, 4)).double(), torch.randn(200, 6, dtype=torch.float64)
+    model[4].register_forward_hook(lambda module, inputs, output: output * 3)
+    model[4].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 0.5,))
+    small, plan = copy.deepcopy(model), []
+    with torch.no_grad():
+        small[2].weight[:3] = 0
+    kept = small[2].weight.clone()
+    fits = reconstruct(small, model, plan, [(x, None)])
+    assert set(fits) == {"4"} and torch.equal(small[2].weight, kept)
+    bare, mine = (functional.linear(0.5 * net[:4](x), net[4].weight, net[4].bias) for net in (model, small))
+    assert ((mine - bare).square().sum() / bare.square().sum()).item() == pytest.approx(fits["4"].after, rel=1e-6)
+
+
 def test_bad_input_is_one_sentence():
     model = network()
     small, plan = pruned(model, {trace(model, X[:1]).groups[0].name: [0, 1]})
@@ -166,6 +188,10 @@ def test_bad_input_is_one_sentence():
         reconstruct(small, model, plan, [])
     with pytest.raises(UserError, match="zeros would not stay"):
         reconstruct(small, model, [{"kind": "mask"}], BATCHES)
+    with pytest.raises(UserError, match="give all steps from the original"):
+        reconstruct(small, model, [], BATCHES)
+    with pytest.raises(UserError, match="above 0"):
+        reconstruct(small, model, plan, BATCHES, damping=0)
     with pytest.raises(RunError, match="NaN or infinity"):
         reconstruct(small, model, plan, [(X * float("nan"), None)])
     with pytest.raises(UserError, match="Reconstruction needs calibration data"):

@@ -53,7 +53,14 @@ def divergence(model, changed):
 def test_a_power_law_between_estimate_and_loss_is_recovered(exponent, scale):
     estimates = [0.01, 0.03, 0.1, 0.5, 1.0]
     found = rescale(estimates, [(e, scale * e**exponent) for e in (0.01, 0.1, 1.0)])
-    assert found == pytest.approx([scale * e**exponent for e in estimates], rel=1e-9)
+    assert found == pytest.approx([scale * e**exponent for e in estimates], rel=1e-9, abs=1.1e-7)
+
+
+def test_small_estimates_and_losses_within_the_rounding_keep_the_order_of_the_ranks():
+    found = rescale([1e-15, 1e-14, 1e-13, 1e-12, 1e-11], [(1e-15, 1e-3), (1e-14, 0.01), (1e-12, 1.0)])
+    assert found == pytest.approx([1e-3, 1e-2, 0.1, 1.0, 10.0], rel=1e-3)
+    found = rescale([0.01, 0.1, 0.5, 1.0], [(0.01, -1e-9), (0.5, 1e-8), (1.0, -2e-9)])
+    assert sorted(found) == found and len(set(found)) == 4
 
 
 @settings(max_examples=100, deadline=None)
