@@ -9,7 +9,6 @@ of sum x' x'^T, W0 the weights as compression left them. The errors of the layer
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch.nn import functional
 from compress.curvature.geometry import BLOCKS, Geometry, geometry
 from compress.curvature.linalg import inverse
 from compress.curvature.moments import add_gram, images_per_chunk, mirror, working
-from compress.decompose.targets import observe
+from compress.decompose.targets import excluded, observe
 from compress.errors import RunError, UserError
 from compress.plan import Plan
 from compress.surgery import Step
@@ -52,7 +51,7 @@ def reconstruct(model: nn.Module, original: nn.Module, plan: Plan | Sequence[Ste
     batches: pairs (inputs, targets) of calibration data; targets are not used.
     example: example inputs; the first image of the first batch if None.
     damping: pull towards the weights as they are, in units of the mean second moment of the inputs.
-    exclude: name patterns of layers that stay as they are.
+    exclude: name patterns of layers, of modules around them, or of parameters, that stay as they are.
 
     Fitted are exactly Linear and Conv2d (no subclasses), in groups or not, and the last factor of blocks; not those that are called more or
     less than once, share or parametrize parameters, are frozen, or do not exist in the original under the same name. A weight that the network
@@ -92,7 +91,7 @@ def _fitted(model: nn.Module, original: nn.Module, example: Any, exclude: Sequen
     chosen = []
     for name, called in calls.items():
         module = model.get_submodule(name)
-        if name in inside or len(called.shapes) != 1 or name not in before or len(before[name].shapes) != 1 or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if name in inside or len(called.shapes) != 1 or name not in before or len(before[name].shapes) != 1 or excluded(name, module, exclude):
             continue
         last = _last(module)
         parameters = list(last.parameters(recurse=False))

@@ -29,6 +29,7 @@ from compress.errors import RunError
 RIDGE = 1e-9  # of the mean diagonal of H: products may be nearly dependent
 
 
+@torch.inference_mode(False)  # the descent needs gradients of its own
 def kfac_cp(weight: Tensor, A: Tensor, G: Tensor, rank: int, iterations: int = 50, damping: float = DAMPING, sweeps: int = 100) -> Factors:
     """1x1 (c -> R), depthwise kh x kw (R), 1x1 (R -> o) with the K-FAC loss brought down from that of `cp` by L-BFGS.
 
@@ -47,6 +48,7 @@ def kfac_cp(weight: Tensor, A: Tensor, G: Tensor, rank: int, iterations: int = 5
     ------
     UserError: rank out of range, no convolution weight, A or G of another layer, negative damping or iterations, no sweep. RunError: A or G not finite.
     """
+    weight, A, G = (part.clone() if isinstance(part, Tensor) and part.is_inference() else part for part in (weight, A, G))
     check_weight(weight)
     check_convolution(weight)
     check_iterations(iterations)

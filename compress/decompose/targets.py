@@ -46,11 +46,18 @@ def observe(model: nn.Module, example: Any) -> dict[str, Calls]:
     return {name: Calls(tuple(seen), images) for name, seen in shapes.items()}
 
 
+def excluded(name: str, module: nn.Module, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches the layer's name, that of a module around it, or one of its parameters."""
+    parts = name.split(".")
+    names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)] + [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+    return any(fnmatch.fnmatchcase(each, pattern) for each in names for pattern in patterns)
+
+
 def candidates(model: nn.Module, exclude: Sequence[str] = (), called: Collection[str] | None = None) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(layers that may be replaced by name, reason by name for every other Linear or convolution).
 
     May be replaced: Linear and ungrouped Conv2d (exactly these types) and blocks that are in `called` (see `observe`; None: all) and share no
-    parameter with another module, unless a pattern of `exclude` matches the name.
+    parameter with another module, unless a pattern of `exclude` matches it (see `excluded`).
     """
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -64,7 +71,7 @@ def candidates(model: nn.Module, exclude: Sequence[str] = (), called: Collection
             continue
         if isinstance(module, BLOCKS):
             inside = (*inside, f"{name}.")
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        if excluded(name, module, exclude):
             reasons[name] = "excluded"
         elif isinstance(module, NonDynamicallyQuantizableLinear):
             reasons[name] = READ

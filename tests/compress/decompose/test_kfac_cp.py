@@ -103,6 +103,13 @@ def test_the_block_of_factorize_computes_with_the_product():
     assert factorize(grouped, "kfac_cp", 2, A=A[None, :45, :45].repeat(2, 1, 1), G=G[None].repeat(2, 1, 1)).groups == 2
 
 
+def test_inference_mode_changes_nothing():
+    A, G = moment(45, 1), moment(6, 2)
+    with torch.inference_mode():
+        inside = kfac_cp(W * 1, A * 1, G * 1, 5)
+    torch.testing.assert_close(recompose(inside), recompose(kfac_cp(W, A, G, 5)))
+
+
 def test_degenerate_and_bad_input():
     A, G = moment(45, 1), moment(6, 2)
     assert not recompose(kfac_cp(torch.zeros(6, 5, 3, 3), A, G, 3)).any()

@@ -112,3 +112,10 @@ def test_layers_cut_in_vain_are_named():
         left = {layer for layer in ("0", "2", "4") if layer not in report.ranks}
         assert left and all("no smaller" in report.pinned[layer] for layer in left & set(report.pinned))
         assert report.ranks and not set(report.ranks) & set(report.pinned) and set(report.pinned) & left
+
+
+@pytest.mark.parametrize(("pattern", "left"), [("head", {"body"}), ("head.1", {"body", "head.0"}), ("head.*.weight", {"body"}), ("head.0.bias", {"body", "head.1"})])
+def test_a_pattern_may_name_the_layer_a_module_around_it_or_a_parameter(pattern, left):
+    model = nn.Module()
+    model.body, model.head = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert set(candidates(model, [pattern])[0]) == left
