@@ -161,6 +161,11 @@ class Rival:
         return result
 
 
+def known(arguments: argparse.Namespace, row: dict[str, Any]) -> bool:
+    """Whether the results file holds this row already."""
+    return any(all(old[key] == value for key, value in row.items()) for old in arguments.known)
+
+
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result per network, method and speed-up, yielded as it is measured."""
     data = load_data(DataConfig(name="cifar10", root=arguments.data, mean=MEAN, std=STD, val_fraction=0.0), seed=0, device=arguments.device)
@@ -171,6 +176,12 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         load_weights(model, Path(arguments.weights) / f"{network}_cifar10.safetensors")
         model = model.to(arguments.device).eval()
         base = count(model, example)
+        for name, images in (("recalibrated", augmented), ("recalibrated without augmentation", batches)):
+            row = {"network": network, "method": name, "target": 1.0}
+            if not known(arguments, row):
+                same = copy.deepcopy(model)
+                recalibrate(same, images)
+                yield row | {"accuracy": evaluate(same, data.test, 500)["accuracy"]}
         for name in ["dense", *arguments.methods, *(RIVALS if arguments.rivals else ())]:
             mine: Ours | Rival | None = None
             ways = ("steps", "one step") if name in RIVALS else ("global",) if name == "dense" else allocations(name)
@@ -178,7 +189,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             fits = (", reconstructed",) if arguments.reconstruct and name not in ("dense", *RIVALS) else ("",)
             for speedup, way, fit in product(SPEEDUPS if name != "dense" else (1.0,), ways, fits):
                 row = {"network": network, "method": (name if way in ("global", "steps") else f"{name}, {way}") + fit, "target": speedup}
-                if any(all(old[key] == value for key, value in row.items()) for old in arguments.known):
+                if known(arguments, row):
                     continue
                 torch.manual_seed(0)
                 started = time.perf_counter()
@@ -202,13 +213,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     base = {row["network"]: row["accuracy"] for row in rows if row["method"] == "dense"}
     columns = [(network, speedup) for network in NETWORKS if network in base for speedup in SPEEDUPS]
     cells: dict[str, dict[tuple[str, float], str]] = {}
+    whole = [f"{100 * row['accuracy']:.2f} for {row['network']} {row['method']}" for row in rows if row["target"] == 1 and row["method"] != "dense"]
     for row in rows:
-        if row["method"] != "dense":
+        if row["target"] != 1:
             cells.setdefault(row["method"], {})[row["network"], row["target"]] = f"{100 * row['accuracy']:.2f}" if "accuracy" in row else "-"
     order = sorted(cells, key=lambda name: -max((float(value) for value in cells[name].values() if value != "-"), default=0.0))
     head = [f"{network} ({100 * base[network]:.2f}) {speedup:g}x" for network, speedup in columns]
     lines = ["Test accuracy (%) after compression alone, BatchNorm recalibrated; beside each network its own accuracy. `tp_*`: Torch-Pruning.", "",
-             "| method | " + " | ".join(head) + " |", "|---" * (1 + len(columns)) + "|"]
+             *([f"The uncompressed networks: {', '.join(whole)}.", ""] if whole else []), "| method | " + " | ".join(head) + " |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| `{name}` | " + " | ".join(cells[name].get(column, "") for column in columns) + " |" for name in order]
     return "\n".join(lines) + "\n"
 

@@ -5,6 +5,11 @@ leaves with the error's `exit_code`; a traceback is printed only for faults of t
 """
 
 
+def cause(error: BaseException) -> str:
+    """The first line of what an exception of somebody else's says, without a full stop; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class CompressError(Exception):
     """Base class; `exit_code` is what the command line returns."""
 

@@ -24,10 +24,19 @@ def check_weight(weight: Tensor) -> None:
         raise UserError(f"The weight of shape {tuple(weight.shape)} holds NaN or infinity; a decomposition needs finite weights.")
 
 
-def check_convolution(weight: Tensor) -> None:
-    """UserError unless the weight, which `check_weight` has passed, is one of a convolution."""
+def most_products(weight: Tensor) -> int:
+    """Rank at which a CP reproduces every convolution weight of this shape: min(o c, o k k, c k k)."""
+    (o, c), offsets = weight.shape[:2], weight[0, 0].numel()
+    return min(o * c, o * offsets, c * offsets)
+
+
+def check_cp(weight: Tensor, rank: int, sweeps: int) -> None:
+    """UserError unless a CP of this rank can be made of the weight by so many sweeps."""
+    check_weight(weight)
+    check_sweeps(sweeps)
     if weight.ndim != 4:
         raise UserError(f"CP expects a convolution weight [o, c, kh, kw], got shape {tuple(weight.shape)}; use an SVD for matrices.")
+    check_rank("rank", rank, most_products(weight))
 
 
 def check_rank(name: str, rank: int, largest: int) -> int:

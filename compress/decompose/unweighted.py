@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.decompose.checks import check_convolution, check_rank, check_ranks, check_sweeps, check_weight
+from compress.decompose.checks import check_cp, check_rank, check_ranks, check_sweeps, check_weight
 from compress.decompose.factors import Factors, orthonormalise, recompose
 from compress.errors import UserError
 
@@ -145,18 +145,11 @@ def cp(weight: Tensor, rank: int, sweeps: int = 100) -> Factors:
     ------
     UserError: rank below 1 or above min(o c, o k k, c k k), fewer than one sweep, or the weight is no convolution weight.
     """
-    check_weight(weight)
-    check_sweeps(sweeps)
-    check_convolution(weight)
-    o, c, kh, kw = weight.shape
-    check_rank("rank", rank, min(o * c, o * kh * kw, c * kh * kw))
+    check_cp(weight, rank, sweeps)
     if not weight.any():
         return zero_cp(weight, rank)
     dense = weight.detach().double()
-    candidates = [
-        orthonormalise(Factors(right.T, kernel.T.reshape(rank, 1, kh, kw), left, depthwise=True)).map(lambda t: t.to(weight).contiguous())
-        for left, right, kernel in cp_modes(dense.flatten(2), rank, sweeps)
-    ]
+    candidates = [from_modes(*modes, weight) for modes in cp_modes(dense.flatten(2), rank, sweeps)]
     # the start comes first, so that an error that is NaN is never the smallest
     return min(candidates, key=lambda factors: (recompose(factors.map(lambda t: t.double())) - dense).square().sum().item())
 
@@ -165,6 +158,12 @@ def zero_cp(weight: Tensor, rank: int) -> Factors:
     """The CP factors of a weight of zeros."""
     o, c, kh, kw = weight.shape
     return Factors(weight.new_zeros(rank, c), weight.new_zeros(rank, 1, kh, kw), weight.new_zeros(o, rank), depthwise=True)
+
+
+def from_modes(left: Tensor, right: Tensor, kernel: Tensor, weight: Tensor) -> Factors:
+    """The CP of left [o, R], right [c, R] and kernel [kh kw, R] as factors of the weight's type, components of equal norms."""
+    core = kernel.T.reshape(-1, 1, *weight.shape[2:])
+    return orthonormalise(Factors(right.T, core, left, depthwise=True)).map(lambda tensor: tensor.to(weight).contiguous())
 
 
 def cp_modes(tensor: Tensor, rank: int, sweeps: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.allocate import ALLOCATIONS
 from compress.config import Section
 from compress.criteria import CRITERIA
-from compress.errors import RunError, UserError
+from compress.errors import RunError, UserError, cause
 from compress.graph import ChannelGraph
 from compress.plan import Plan
 from compress.registry import Registry, nearest
@@ -108,8 +108,7 @@ def carry_out(name: str, model: nn.Module, context: Context, state: Any, budget:
         with torch.no_grad(), undisturbed(model):
             model(*arguments(context.example))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise RunError(f"Method {name!r} left a network that cannot be run ({reason}); exclude the layers whose parts the module around them reads.") from error
+        raise RunError(f"Method {name!r} left a network that cannot be run ({cause(error)}); exclude the layers whose parts the module around them reads.") from error
     return plan
 
 

@@ -19,6 +19,7 @@ from compress.config import Section
 from compress.curvature import LayerFactors, collect
 from compress.curvature.linalg import damped, power, Spectrum
 from compress.curvature.quadratic import channel_moment
+from compress.decompose.checks import most_products
 from compress.decompose.factors import Factors, merge_core, orthonormalise
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
 from compress.decompose.kfac_cp import kfac_cp, nested_losses
@@ -65,22 +66,31 @@ class Menus:
 
 @dataclass(frozen=True)
 class Kind:
-    """One decomposition: how many ranks, its factors at given ranks, and its loss estimate."""
+    """One decomposition.
+
+    sides: ranks per layer. products: a sum of products of three vectors where the kernel is larger than 1x1, an SVD of others. factors: of a
+    weight at given ranks, from its `LayerFactors` (None where `options` are plain) and the method's options.
+    """
 
     sides: int
-    weighted: bool
+    options: type[Section]
     factors: Callable[..., Factors]
+    products: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether curvature enters."""
+        return issubclass(self.options, WeightedOptions)
 
 
 KINDS = {
-    "svd": Kind(1, False, lambda w, ranks, entry, options: svd(w, ranks[0])),
-    "tucker": Kind(2, False, lambda w, ranks, entry, options: _two_if_flat(tucker2(w, ranks))),
-    "cp": Kind(1, False, lambda w, ranks, entry, options: svd(w, ranks[0]) if flat(w) else cp(w, ranks[0])),
-    "kfac_svd": Kind(1, True, lambda w, ranks, entry, options: kfac_svd(w, entry.A, entry.G, ranks[0])),
-    "kfac_tucker": Kind(2, True, lambda w, ranks, entry, options: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
-    "kfac_cp": Kind(1, True, lambda w, ranks, entry, options: _kfac_cp(w, ranks[0], entry, options)),
+    "svd": Kind(1, PlainOptions, lambda w, ranks, entry, options: svd(w, ranks[0])),
+    "tucker": Kind(2, PlainOptions, lambda w, ranks, entry, options: _two_if_flat(tucker2(w, ranks))),
+    "cp": Kind(1, PlainOptions, lambda w, ranks, entry, options: svd(w, ranks[0]) if flat(w) else cp(w, ranks[0]), products=True),
+    "kfac_svd": Kind(1, WeightedOptions, lambda w, ranks, entry, options: kfac_svd(w, entry.A, entry.G, ranks[0])),
+    "kfac_tucker": Kind(2, WeightedOptions, lambda w, ranks, entry, options: _two_if_flat(kfac_tucker2(w, entry.A, entry.G, ranks))),
+    "kfac_cp": Kind(1, CpOptions, lambda w, ranks, entry, options: _kfac_cp(w, ranks[0], entry, options), products=True),
 }
-PRODUCTS = ("cp", "kfac_cp")  # sums of products of three vectors, where the kernel is larger than 1x1
 
 
 def flat(weight: Tensor) -> bool:
@@ -119,8 +129,7 @@ class RankMethod:
         self._options(options)
 
     def _options(self, options: dict[str, Any]) -> Any:
-        known = CpOptions if self.name == "kfac_cp" else WeightedOptions if self.kind.weighted else PlainOptions
-        return parse_options(self.name, known, options)
+        return parse_options(self.name, self.kind.options, options)
 
     def prepare(self, context: Context) -> Menus:
         """A menu per layer, and the layers' second moments where the method is weighted."""
@@ -162,11 +171,13 @@ class RankMethod:
 
     def apply(self, model: nn.Module, context: Context, state: Menus, budget: dict[str, float]) -> Plan:
         """Factorize layers of `model` in place until `budget` is met."""
-        menus = self.measured(context, state) if context.allocation == "measured" else state.estimated
+        menus = state.estimated
         index, limit = QUANTITIES.index(*budget), self._limit(context, menus, budget)
         before, skipped = blocks(model), candidates(model, context.exclude, observe(model, context.example))[1]
         if limit >= sum(menu.costs[0][index] for menu in menus):
             return Plan([factorize_step(before, model)], {"skipped": skipped})
+        if context.allocation == "measured":
+            menus = self.measured(context, state)
         chosen = (uniform if context.allocation == "uniform" else choose)(menus, index, limit)
         for menu, option in zip(menus, chosen):
             if menu.ranks[option] is not None:
@@ -180,19 +191,20 @@ class RankMethod:
         merged = self.kind.sides == 2 and flat(weight)
         if self.kind.sides == 2 and not merged:
             largest: tuple[int, ...] = (o, c)
-        elif self.name in PRODUCTS and not flat(weight):
-            largest = (min(o * c, o * weight[0, 0].numel(), c * weight[0, 0].numel()),)
+        elif self.kind.products and not flat(weight):
+            largest = (most_products(weight),)
         else:
             largest = (min(o, weight[0].numel()),)
         loss = self._loss(weight, entry) if estimate else lambda ranks: 0.0
-        menu = build_menu(name, module, calls, lambda ranks: _shape(self.name, weight, ranks), largest, loss, context.round_to)
+        menu = build_menu(name, module, calls, lambda ranks: _shape(self.kind, weight, ranks), largest, loss, context.round_to)
         return replace(menu, ranks=tuple(ranks and ranks * 2 for ranks in menu.ranks)) if merged else menu
 
     def _loss(self, weight: Tensor, entry: LayerFactors | None) -> Callable[[tuple[int, ...]], float]:
-        if self.name == "kfac_cp" and not flat(weight):
+        products = self.kind.products and not flat(weight)
+        if products and self.kind.weighted:
             bound = entry.scale() * nested_losses(weight, entry.A, entry.G, largest=saving_rank(weight))
             return lambda ranks: float(bound[min(ranks[0], len(bound) - 1)])
-        if self.name in ("kfac_svd", "kfac_cp"):
+        if self.kind.weighted and self.kind.sides == 1:
             energy = whitened_spectrum(weight, entry.A, entry.G).square()
             left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
             return lambda ranks: 0.5 * entry.scale() * float(left[min(ranks[0], len(left) - 1)])
@@ -206,7 +218,7 @@ class RankMethod:
         at = lambda tail, r: float(tail[min(r, len(tail) - 1)])  # noqa: E731
         if self.kind.sides == 2 and dense.shape[2] > 1:
             return lambda ranks: factor * min(at(rows, ranks[0]) + at(columns, ranks[1]), float(rows[0]))
-        if self.name == "cp" and not flat(weight):
+        if products:
             rest = cp_bound(weight)
             return lambda ranks: factor * at(rest, ranks[0])
         return lambda ranks: factor * at(rows, ranks[0])
@@ -229,7 +241,7 @@ def _channel_spectrum(entry: LayerFactors, weight: Tensor) -> Spectrum:
     return eigh(channel_moment(entry.A, weight), f"input moment of layer {entry.name!r}")
 
 
-def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
+def _shape(kind: Kind, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
     """Factors of the right shapes, on the meta device."""
     o, c, kernel = weight.shape[0], weight.shape[1], weight.shape[2:]
     r = ranks[0]
@@ -238,7 +250,7 @@ def _shape(name: str, weight: Tensor, ranks: tuple[int, ...]) -> Factors:
             return Factors(torch.empty(ranks[1], c), torch.empty(*ranks, *kernel), torch.empty(o, r))
         if not kernel:
             return Factors(torch.empty(r, c), None, torch.empty(o, r))
-        if name in PRODUCTS and not flat(weight):
+        if kind.products and not flat(weight):
             return Factors(torch.empty(r, c), torch.empty(r, 1, *kernel), torch.empty(o, r), depthwise=True)
         return Factors(None, torch.empty(r, c, *kernel), torch.empty(o, r))
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.allocate.outputs import Outputs
 from compress.decompose.modules import replace_module
+from compress.errors import RunError, cause
 from compress.methods.menus import Menu, Ranks, front
 
 SHARES = (0.75, 0.5, 0.25, 0.1, 0.0)  # of the layer's MACs that its measured replacements keep: the last is the cheapest there is
@@ -31,6 +32,10 @@ def measure_menus(menus: Sequence[Menu], model: nn.Module, block: Callable[[Menu
     """The menus with measured losses; the layer as it is costs nothing.
 
     block: the layer's replacement at given ranks. reference: outputs of `model`, which is not changed.
+
+    Raises
+    ------
+    RunError: the network does not run with a layer replaced.
     """
     trial = copy.deepcopy(model)
     result = []
@@ -40,8 +45,9 @@ def measure_menus(menus: Sequence[Menu], model: nn.Module, block: Callable[[Menu
             replace_module(trial, menu.name, block(menu, menu.ranks[option]))
             try:
                 loss = reference.divergence(trial)
-            except (AttributeError, RuntimeError, TypeError, ValueError):  # the network reads the layer's weight: it cannot be replaced
-                loss = math.inf
+            except Exception as error:
+                raise RunError(f"With layer {menu.name!r} replaced the network cannot be run ({cause(error)}); exclude the layer if the module around it "
+                               "reads its weight.") from error
             points.append((menu.losses[option], loss if math.isfinite(loss) else DESTROYED))
             replace_module(trial, menu.name, original)
         result.append(replace(menu, losses=tuple(0.0 if ranks is None else loss for ranks, loss in zip(menu.ranks, rescale(menu.losses, points), strict=True))))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from compress import methods
 from compress.config import Config, ModelConfig
 from compress.data import describe
-from compress.errors import CompressError, UserError
+from compress.errors import CompressError, UserError, cause
 from compress.graph import ChannelGraph, trace
 from compress.methods import Context
 from compress.pipeline.phases import phases
@@ -201,5 +201,4 @@ def _name(config: ModelConfig) -> str:
 def _line(error: BaseException) -> str:
     if isinstance(error, CompressError):
         return str(error)
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    return cause(error)

@@ -22,7 +22,7 @@ from compress.api import ranks
 from compress.config import Config
 from compress.config_file import to_json
 from compress.data import load_data
-from compress.errors import RunError
+from compress.errors import RunError, cause
 from compress.pipeline.bench import measure
 from compress.pipeline.checks import check, pick_device
 from compress.pipeline.entry import entry_name, entry_stage, plan_effect
@@ -61,8 +61,7 @@ def _memory_errors() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise RunError(f"The memory is not enough ({reason}); lower the batch sizes or the size of the network.") from error
+        raise RunError(f"The memory is not enough ({cause(error)}); lower the batch sizes or the size of the network.") from error
 
 
 def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> Path:

@@ -53,3 +53,5 @@ def test_table():
     lines = table(rows).splitlines()
     assert lines[2] == "| method | resnet20 (90.00) 1.5x | resnet20 (90.00) 2.11x |"
     assert lines[4:] == ["| `cp` | 75.00 | - |", "| `l1` | 50.00 |  |"]
+    again = table([*rows, {"network": "resnet20", "method": "recalibrated", "target": 1.0, "accuracy": 0.89}]).splitlines()
+    assert again[2] == "The uncompressed networks: 89.00 for resnet20 recalibrated." and again[4:] == lines[2:]

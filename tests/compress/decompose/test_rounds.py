@@ -21,7 +21,7 @@ from compress.decompose.rounds import (
     select,
 )
 from compress.decompose.selection import Sides, keep, normalized, pool, threshold
-from compress.decompose.targets import left_alone, targets
+from compress.decompose.targets import targets
 from compress.errors import RunError, UserError
 from tests.compress.decompose.nets import batches, network
 
