@@ -29,7 +29,7 @@ class Report:
     """What a compression did. Fractions are of the original network; `widths` maps a layer to its output width before and after.
 
     `pinned` names what the method may not touch (parameters; layers for factorizations) with the reason, `coverage` is of channel methods,
-    `verified` says what the check after surgery found; `density` is of masks.
+    `verified` says what the check after surgery found; `density` is of masks, `latency` ("asked", "saved": fractions of the original's time) of budgets of latency.
     """
 
     method: str
@@ -42,6 +42,7 @@ class Report:
     coverage: list[CoverageRow] = field(default_factory=list)
     verified: dict[str, Any] | None = None
     density: float | None = None
+    latency: dict[str, Any] | None = None
 
     @property
     def params_removed(self) -> float:
@@ -64,6 +65,8 @@ class Report:
             lines.append(f"  widths     {', '.join(changed)}")
         if self.density is not None:
             lines.append(f"  masks      {1 - self.density:.1%} of the weights in scope are zero; the shapes stay")
+        if self.latency:
+            lines.append(f"  latency    {self.latency['saved']:.1%} saved at batch {self.latency['batch_size']}, measured in turns with the original ({self.latency['asked']:.1%} asked)")
         if self.verified:
             lines.append("  verified   " + "; ".join(f"{key} {value:.1e}" if isinstance(value, float) else f"{key} {value}" for key, value in self.verified.items()))
         if self.ranks:
@@ -139,7 +142,8 @@ def compress(
     method:
         A name in `compress.methods.names()`.
     budget:
-        One of {"params": ratio} and {"macs": ratio}: the fraction to REMOVE, in [0, 1). Default: half of the MACs.
+        One of {"params": ratio}, {"macs": ratio} and {"latency": ratio}: the fraction to REMOVE, in [0, 1). Default: half of the MACs. Latency is
+        the measured time of one forward pass on `example_inputs`, whose batch and device then matter; channel methods, `svd`, `tucker`, `cp` and `kfac_*` take it.
     loss_fn:
         `loss_fn(outputs, y)`, mean over the batch, for methods that use gradients.
     exclude:
@@ -209,5 +213,6 @@ def compress(
     report = Report(
         method=method, budget=budget, before=count(model, example_inputs), after=count(result, example_inputs),
         widths={name: (old[name], new.get(name, old[name])) for name in old}, pinned=dict(graph.pinned) if chosen.by_channels else plan.meta.get("skipped", {}), ranks=ranks(result),
-        coverage=list(graph.coverage()) if chosen.by_channels else [], verified=plan.meta.get("verified"), density=plan.meta.get("mask", {}).get("density"))
+        coverage=list(graph.coverage()) if chosen.by_channels else [], verified=plan.meta.get("verified"), density=plan.meta.get("mask", {}).get("density"),
+        latency=plan.meta.get("latency"))
     return result, plan, report

@@ -1,12 +1,16 @@
-"""One choice per layer out of a menu, least total loss under one or several budgets: the multiple-choice knapsack, solved exactly.
+"""One choice per layer out of a menu, least total loss under one or several budgets: the multiple-choice knapsack.
 
 Symbols: layer l has options j with loss D[l][j] and costs C[l][j][b]; minimise sum_l D[l][x_l] subject to sum_l C[l][x_l][b] <= limit[b].
-Solved as a 0/1 program by HiGHS (scipy.optimize.milp).
+One budget: dynamic programming over what may be spent beyond the cheapest options, in units of the costs' common divisor where at most `UNITS` of them
+make up the limit (exact), else of 1/UNITS of it, costs rounded up: the choice is then the best one under a limit lower by less than a unit per layer.
+It takes layers x options x UNITS steps whatever the costs are; a 0/1 program may take minutes where many layers are alike.
+Several budgets: a 0/1 program, solved by HiGHS (scipy.optimize.milp).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +24,7 @@ from compress.errors import RunError, UserError
 
 GAP = 1e-4  # relative optimality gap: far below the error of any loss estimate
 SECONDS = 60.0
+UNITS = 100_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ def knapsack(menus: Sequence[Sequence[Option]], limits: Sequence[float]) -> list
         least = sum(min(option.costs[number] for option in menu) for menu in menus)
         if least > limit:
             raise UserError(f"No choice of ranks meets the budget: at least {least:,.0f} remain, and {limit:,.0f} are allowed.")
+    if len(limits) == 1:
+        return _one_budget(menus, limits[0])
     options = [option for menu in menus for option in menu]
     loss = np.array([option.loss for option in options])
     costs = np.array([option.costs for option in options], dtype=float).T
@@ -65,6 +72,41 @@ def knapsack(menus: Sequence[Sequence[Option]], limits: Sequence[float]) -> list
         chosen.append(int(np.argmax(found.x[start:start + len(menu)])))
         start += len(menu)
     return chosen
+
+
+def _one_budget(menus: Sequence[Sequence[Option]], limit: float) -> list[int]:
+    """Least loss under one limit, by dynamic programming; the limit can be met."""
+    least = [min(option.costs[0] for option in menu) for menu in menus]
+    extra = [[option.costs[0] - low for option in menu] for menu, low in zip(menus, least, strict=True)]
+    units, room = _units(extra, limit - sum(least))
+    best, decided = np.zeros(room + 1), []
+    for menu, sizes in zip(menus, units, strict=True):
+        reached, choice = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
+        for index, (option, size) in enumerate(zip(menu, sizes, strict=True)):
+            if size > room:
+                continue
+            total = best[: room + 1 - size] + option.loss
+            better = total < reached[size:]
+            reached[size:][better], choice[size:][better] = total[better], index
+        best = reached
+        decided.append(choice)
+    chosen, left = [], room
+    for choice, sizes in zip(reversed(decided), reversed(units), strict=True):
+        chosen.append(int(choice[left]))
+        left -= sizes[chosen[-1]]
+    return chosen[::-1]
+
+
+def _units(extra: list[list[float]], slack: float) -> tuple[list[list[int]], int]:
+    """The costs beyond the cheapest in whole units, and how many of these the slack has."""
+    if all(float(cost).is_integer() for costs in extra for cost in costs):
+        divisor = max(1, math.gcd(*(int(cost) for costs in extra for cost in costs)))
+        if slack // divisor <= UNITS:
+            return [[int(cost) // divisor for cost in costs] for costs in extra], int(slack // divisor)
+    if slack <= 0:
+        return [[int(cost > 0) for cost in costs] for costs in extra], 0
+    # the small share keeps a cost that is a whole number of units from being rounded up by its last bit
+    return [[math.ceil(cost / slack * UNITS * (1 - 1e-12)) for cost in costs] for costs in extra], UNITS
 
 
 @contextlib.contextmanager

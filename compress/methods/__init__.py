@@ -19,6 +19,7 @@ from compress.config import Section
 from compress.criteria import CRITERIA
 from compress.errors import RunError, UserError, cause
 from compress.graph import ChannelGraph
+from compress.methods.timing import Timing
 from compress.plan import Plan
 from compress.registry import Registry, nearest
 from compress.undisturbed import arguments, undisturbed
@@ -42,6 +43,10 @@ class Context:
         Calibration data: `(x [n, ...], y [n])` pairs from the training set, on the model's device.
     meta:
         What the plan of the round before says of it; empty in the first round.
+    uncompressed:
+        The uncompressed network, where `model` has been compressed before; a ratio of latency is of its time.
+    timing:
+        How a budget of latency is measured; on the example inputs where None.
     """
 
     model: nn.Module
@@ -58,6 +63,16 @@ class Context:
     verify: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    uncompressed: nn.Module | None = None
+    timing: Timing | None = None
+
+    def clock(self) -> Timing:
+        """How latency is measured."""
+        return self.timing or Timing(self.example)
+
+    def reference(self) -> nn.Module:
+        """The network that a ratio of latency is taken of."""
+        return self.model if self.uncompressed is None else self.uncompressed
 
 
 class Method(Protocol):

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.allocate import allocate, check_ratio
+from compress.allocate import allocate, check_ratio, largest
 from compress.allocate.curves import measure
 from compress.criteria import CRITERIA
 from compress.criteria.second_order import SecondOrder
 from compress.errors import RunError
 from compress.graph import ChannelGraph
 from compress.methods import Context
+from compress.methods.timing import search
 from compress.plan import Plan
 from compress.surgery import apply_prune
 
@@ -30,7 +31,7 @@ class Scores(dict[str, Tensor]):
 class ChannelMethod:
     """Prunes channel groups by the criterion `name`."""
 
-    budgets = QUANTITIES
+    budgets = (*QUANTITIES, "latency")
     allocations = ("global", "uniform", "measured")
     rounds_widths = True
     by_channels = True
@@ -76,6 +77,8 @@ class ChannelMethod:
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where the caps leave `budget` out of reach."""
         names = self.criterion.check(context.graph, context.model, **context.options)
+        if "latency" in budget:  # what it takes is known once it is measured
+            budget = {"macs": 0.0}
         check_ratio(context.graph, budget, names=names, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
@@ -84,6 +87,8 @@ class ChannelMethod:
         A group whose removal fails the check (a width that the network's code uses as a number, say) is pinned, and the budget is shared over the
         others.
         """
+        if "latency" in budget:
+            return self._by_latency(model, context, state, budget["latency"])
         graph = context.graph
         original = context.original[QUANTITIES.index(next(iter(budget)))] if context.original else None
         losses = self.losses(context, state) if context.allocation == "measured" else None
@@ -106,6 +111,22 @@ class ChannelMethod:
                 model.load_state_dict(trial.state_dict())
             return Plan([step], _evidence(graph))
         raise AssertionError("the last attempt returns or raises")
+
+    def _by_latency(self, model: nn.Module, context: Context, state: dict[str, Tensor], ratio: float) -> Plan:
+        """The share of MACs, removed in the same order, at which the network saves `ratio` of the original's time."""
+        clock = context.clock()
+
+        def saved(macs: float) -> float:
+            trial = copy.deepcopy(model)
+            self.apply(trial, context, state, {"macs": macs})
+            return clock.saved(context.reference(), trial)
+
+        if ratio == 0:
+            return self.apply(model, context, state, {"macs": 0.0})
+        most = largest(context.graph, "macs", context.max_layer_ratio, context.round_to, names=state)
+        macs, found = search(ratio, most, saved, self.name)
+        plan = self.apply(model, context, state, {"macs": macs})
+        return Plan(plan.steps, plan.meta | clock.meta(ratio, found))
 
 
 def _evidence(graph: ChannelGraph) -> dict[str, Any]:

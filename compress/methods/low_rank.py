@@ -6,8 +6,9 @@ losses ("measured"), or equal shares ("uniform"), picks one option per layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +24,14 @@ from compress.decompose.checks import most_products
 from compress.decompose.factors import Factors, merge_core, orthonormalise
 from compress.decompose.kfac import DAMPING, kfac_svd, kfac_tucker2, whitened_spectrum
 from compress.decompose.kfac_cp import kfac_cp, nested_losses
-from compress.decompose.modules import Calls, build_block, dense_weight, replace_module
+from compress.decompose.modules import Calls, build_block, dense_weight
 from compress.decompose.targets import candidates, observe
 from compress.decompose.unweighted import cp, nested_svd, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
 from compress.methods.measured_menus import measure_menus
 from compress.methods.menus import Menu, Ranks, build_menu, choose, least, tails, uniform
+from compress.methods.timed_menus import Times, meet, time_menus, with_options
 from compress.plan import Plan
 from compress.steps.factorize import blocks, factorize_step
 
@@ -57,11 +59,12 @@ class CpOptions(WeightedOptions):
 
 @dataclass
 class Menus:
-    """What a method measured once: a menu per layer, second moments by layer, and the menus with measured losses once they were asked for."""
+    """What a method measured once: a menu per layer, second moments by layer; the menus with measured losses and times once they were asked for."""
 
     estimated: list[Menu]
     moments: dict[str, LayerFactors]
     measured: list[Menu] | None = None
+    times: Times = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def _two_if_flat(factors: Factors) -> Factors:
 class RankMethod:
     """Factorizes layers by the decomposition `name`, with ranks chosen under the budget."""
 
-    budgets = QUANTITIES
+    budgets = (*QUANTITIES, "latency")
     allocations = ("global", "uniform", "measured")
     rounds_widths = True
     by_channels = False
@@ -155,6 +158,8 @@ class RankMethod:
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where even the smallest ranks keep too much."""
         menus = [self._menu(context, name, calls, None, estimate=False) for name, calls in layer_inputs(context).items()]
+        if "latency" in budget:  # what it takes is known once it is measured
+            return
         self._limit(context, menus, budget)
 
     def _limit(self, context: Context, menus: list[Menu], budget: dict[str, float]) -> float:
@@ -171,18 +176,36 @@ class RankMethod:
 
     def apply(self, model: nn.Module, context: Context, state: Menus, budget: dict[str, float]) -> Plan:
         """Factorize layers of `model` in place until `budget` is met."""
-        menus = state.estimated
-        index, limit = QUANTITIES.index(*budget), self._limit(context, menus, budget)
-        before, skipped = blocks(model), candidates(model, context.exclude, observe(model, context.example))[1]
-        if limit >= sum(menu.costs[0][index] for menu in menus):
-            return Plan([factorize_step(before, model)], {"skipped": skipped})
-        if context.allocation == "measured":
-            menus = self.measured(context, state)
-        chosen = (uniform if context.allocation == "uniform" else choose)(menus, index, limit)
-        for menu, option in zip(menus, chosen):
-            if menu.ranks[option] is not None:
-                replace_module(model, menu.name, self._block(context, menu.name, menu.ranks[option], state, model))
-        return Plan([factorize_step(before, model)], {"skipped": skipped})
+        before, meta = blocks(model), {"skipped": candidates(model, context.exclude, observe(model, context.example))[1]}
+        menus, chosen, found = self._choice(context, state, budget)
+        with_options(model, menus, chosen, lambda menu, ranks: self._block(context, menu.name, ranks, state, model))
+        return Plan([factorize_step(before, model)], meta | found)
+
+    def _choice(self, context: Context, state: Menus, budget: dict[str, float]) -> tuple[list[Menu], list[int], dict[str, Any]]:
+        """Menus, the option of each that together meet the budget, and what the plan has to say of it."""
+        (quantity, ratio), = budget.items()
+        pick = uniform if context.allocation == "uniform" else choose
+        if quantity != "latency":
+            index, limit = QUANTITIES.index(quantity), self._limit(context, state.estimated, budget)
+            if limit >= sum(menu.costs[0][index] for menu in state.estimated):
+                return state.estimated, [0] * len(state.estimated), {}
+        elif ratio == 0:
+            return state.estimated, [0] * len(state.estimated), {}
+        menus = self.measured(context, state) if context.allocation == "measured" else state.estimated
+        if quantity != "latency":
+            return menus, pick(menus, index, limit), {}
+
+        block = lambda menu, ranks: self._stand_in(context.model.get_submodule(menu.name), ranks)  # noqa: E731
+        menus = time_menus(menus, context.model, block, context.clock(), state.times)
+        chosen, saved = meet(menus, ratio, context.reference(), context.model, pick,
+                             lambda chosen: with_options(copy.deepcopy(context.model), menus, chosen, block), context.clock())
+        return menus, chosen, context.clock().meta(ratio, saved)
+
+    def _stand_in(self, module: nn.Module, ranks: Ranks) -> nn.Module:
+        """The layer's replacement with random weights, which take as long as real ones."""
+        weight, generator = dense_weight(module), torch.Generator().manual_seed(0)
+        factors = _shape(self.kind, weight, ranks[:1] if flat(weight) else ranks)
+        return build_block(module, factors.map(lambda t: torch.randn(t.shape, generator=generator, device="cpu") / t[0].numel() ** 0.5))
 
     def _menu(self, context: Context, name: str, calls: Calls, entry: LayerFactors | None, estimate: bool = True) -> Menu:
         module = context.model.get_submodule(name)

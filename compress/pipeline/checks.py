@@ -20,6 +20,7 @@ from compress.data import describe
 from compress.errors import CompressError, UserError, cause
 from compress.graph import ChannelGraph, trace
 from compress.methods import Context
+from compress.methods.timing import Timing
 from compress.pipeline.phases import phases
 from compress.siblings import own
 from compress.train.modes import mode
@@ -165,14 +166,16 @@ def _forward_faults(config: Config, model: nn.Module, num_classes: int, shape: t
 
 def context_for(
     config: Config, model: nn.Module, graph: ChannelGraph, example: Tensor, batches: list[tuple[Tensor, Tensor]], method: str, seed: int,
-    original: tuple[int, int] | None = None, meta: dict[str, Any] | None = None) -> Context:
+    original: tuple[int, int] | None = None, meta: dict[str, Any] | None = None, uncompressed: nn.Module | None = None) -> Context:
     """What `method` is given under this configuration."""
     prune = config.prune
+    images = torch.randn(prune.latency_batch_size, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
     return Context(
         model=model, graph=graph, example=example, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
         original=original, exclude=tuple(prune.exclude),
         allocation=prune.allocation, max_layer_ratio=prune.max_layer_ratio, round_to=prune.round_to, verify=prune.verify,
-        options=prune.method_options.get(method, {}), meta=meta or {})
+        options=prune.method_options.get(method, {}), meta=meta or {}, uncompressed=uncompressed,
+        timing=Timing(images, config.benchmark.seconds, config.benchmark.threads))
 
 
 def _method_faults(config: Config) -> list[str]:

@@ -90,7 +90,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     model, plan, info = _read(job, cut)
     last = last or phase.ends(plan)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
-    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
+    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, {_saved(info)}accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     if config.finetune.epochs:
         tuning = phase.tuning(config.finetune)
         epochs = fit(model, job.data, tuning, batch_size=tuning.batch_size or config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
@@ -107,6 +107,12 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     return model, plan, info, last
 
 
+def _saved(info: dict[str, Any]) -> str:
+    """What a budget of latency came to, for the log."""
+    found = info.get("latency")
+    return f"{found['saved']:.1%} of the latency saved at batch {found['batch_size']}, " if found else ""
+
+
 @local()  # the other processes wait for the stored network and measure nothing
 def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, model: nn.Module, plan: Plan, info: dict[str, Any]) -> None:
     """Cut or grow a copy of `model`, recalibrate it, and store it in `folder`."""
@@ -115,7 +121,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     started = time.perf_counter()
     result = copy.deepcopy(model).eval()
     if phase.ratio is None:
-        context, state, spent = _context(job, entry, model, example, plan.meta), None, 0.0
+        context, state, spent = _context(job, base.model, entry, model, example, plan.meta), None, 0.0
     else:
         context, state, spent = _scored(job, base, entry, model, example, plan.meta)
         started = time.perf_counter()
@@ -128,7 +134,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
         recalibrate(result, images)
     spent += time.perf_counter() - started
     row, changed = effect(base.model, result, example)
-    info = {**info, **row, "widths": changed, "ranks": ranks(result), "seconds": info["seconds"] + spent, "verified": done.meta.get("verified"),
+    info = {**info, **row, "widths": changed, "ranks": ranks(result), "seconds": info["seconds"] + spent, "verified": done.meta.get("verified"), "latency": done.meta.get("latency"),
             "accuracy_oneshot": evaluate(result, job.data.test, config.data.eval_batch_size)["accuracy"],
             "frozen": [name for name, parameter in result.named_parameters() if not parameter.requires_grad]}
     if chosen.by_channels:
@@ -144,7 +150,7 @@ def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torc
     if model is base.model and key in job.scores:
         return job.scores[key]
     started = time.perf_counter()
-    context = _context(job, entry, model, example, meta, job.prepared.graph if model is base.model else None)
+    context = _context(job, base.model, entry, model, example, meta, job.prepared.graph if model is base.model else None)
     state = methods.method(entry.method).prepare(context)
     found = context, state, time.perf_counter() - started
     if model is base.model:
@@ -152,10 +158,11 @@ def _scored(job: Job, base: Base, entry: _Entry, model: nn.Module, example: torc
     return found
 
 
-def _context(job: Job, entry: _Entry, model: nn.Module, example: torch.Tensor, meta: dict[str, Any], graph: Any = None) -> methods.Context:
+def _context(job: Job, base: nn.Module, entry: _Entry, model: nn.Module, example: torch.Tensor, meta: dict[str, Any], graph: Any = None) -> methods.Context:
     batches = calibration(job.config, job.data, entry.seed) if methods.needs_data(entry.method, job.config.prune.allocation) else []
     graph = graph or trace(model, example, exclude=tuple(job.config.prune.exclude))
-    return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count(), meta=meta)
+    return context_for(job.config, model, graph, example, batches, entry.method, entry.seed, original=job.prepared.graph.count(), meta=meta,
+                       uncompressed=base)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -186,7 +193,7 @@ def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, met
     chosen, original, model, graph, plan = methods.method(method), prepared.graph.count(), prepared.model, prepared.graph, Plan()
     for phase in phases(config, method, ratio):
         graph = graph if model is prepared.model else trace(model, prepared.example, exclude=tuple(config.prune.exclude))
-        context = context_for(config, model, graph, prepared.example, batches, method, seed, original, plan.meta)
+        context = context_for(config, model, graph, prepared.example, batches, method, seed, original, plan.meta, prepared.model)
         state = None if phase.ratio is None else chosen.prepare(context)
         model = copy.deepcopy(model).eval()
         plan = phase.change(method, model, context, state, config.prune.budget)

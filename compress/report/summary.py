@@ -153,7 +153,7 @@ def _slower(rows: Sequence[Row], pruned: Sequence[Group]) -> list[str]:
 def _missed(pruned: Sequence[Group]) -> list[str]:
     result = []
     for group in pruned:
-        removed = value(group.rows, f"{group.budget}_removed") if group.budget in ("params", "macs") else None
+        removed = value(group.rows, f"{group.budget}_removed") if group.budget in ("params", "macs", "latency") else None
         if removed and max(abs(removed.low - group.ratio), abs(removed.high - group.ratio)) > MISSED:
             result.append(f"{group.method} at {group.ratio:g}: {percent(removed.mean)}")
     return [f"Budget not met within {percent(MISSED)}; removed instead: {', '.join(result)}."] if result else []

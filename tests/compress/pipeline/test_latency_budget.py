@@ -1,0 +1,49 @@
+"""Oracle: a clock that is a function of the layers, read on the stored networks."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from compress import load
+from compress.methods.timing import ABOVE, BELOW
+from compress.pipeline.run import dry_run, run
+from models import build
+
+from ..methods.clock import Clock, nanoseconds
+from .test_rounds import config
+
+IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def saved(folder):
+    dense = build("resnet20", 10, width=0.5, in_channels=1)
+    return 1 - nanoseconds(load(folder), IMAGES) / nanoseconds(dense, IMAGES)
+
+
+@pytest.mark.parametrize("method", ["l1", "kfac_tucker"])
+def test_rounds_of_a_run_approach_the_ratio_of_the_time(tmp_path, monkeypatch, method):
+    Clock().install(monkeypatch)
+    chosen, lines = config(method, 0.3, {}, "prune.budget=latency", "prune.latency_batch_size=8", "prune.rounds=2", "prune.round_to=2"), []
+    folder = run(chosen, tmp_path, log=lines.append)
+    found = saved(folder / f"{method}-latency0.3-s0")
+    assert 0.3 - BELOW <= found <= 0.3 + ABOVE
+    row = json.loads((folder / "results.json").read_text())["rows"][1]
+    assert row["budget"] == "latency" and row["latency_removed"] == pytest.approx(found)
+    with (folder / "results.csv").open() as file:
+        assert "latency_removed" in next(csv.reader(file))
+    assert any(f"{found:.1%} of the latency saved at batch 8" in line for line in lines)
+    plan = json.loads((folder / f"{method}-latency0.3-s0" / "plan.json").read_text())
+    assert plan["meta"]["latency"] == {"asked": 0.3, "saved": pytest.approx(found), "batch_size": 8}
+    assert "latency" in (folder / "report.html").read_text()
+
+
+def test_a_dry_run_measures_and_plans_alike(tmp_path, monkeypatch):
+    Clock().install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    chosen = config("svd", 0.3, {}, "prune.budget=latency", "prune.latency_batch_size=8")
+    (planned,) = dry_run(chosen, log=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+    row = json.loads((run(chosen, tmp_path, log=lambda line: None) / "results.json").read_text())["rows"][1]
+    assert (planned["params"], planned["macs"]) == pytest.approx((row["params"], row["macs"]), rel=0.2)  # svd of initial weights there, of trained ones here
