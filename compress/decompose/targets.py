@@ -24,8 +24,8 @@ READ = "the module around it reads its weight and never calls it"
 UNCALLED = "the network never calls it; its weight may be read elsewhere"
 
 
-def observe(model: nn.Module, example: Any) -> dict[str, Calls]:
-    """What every linear layer, convolution and block of the network is called with on `example`; layers that are not called are left out."""
+def observe(model: nn.Module, example: Any, kinds: tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd, *BLOCKS)) -> dict[str, Calls]:
+    """What every module of these kinds (linear layers, convolutions and blocks) is called with on `example`; those that are not called are left out."""
     shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
     inputs, handles = arguments(example), []
 
@@ -35,7 +35,7 @@ def observe(model: nn.Module, example: Any) -> dict[str, Calls]:
 
     try:
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, _ConvNd, *BLOCKS)):
+            if isinstance(module, kinds):
                 handles.append(module.register_forward_pre_hook(lambda _, args, kwargs, name=name: note(name, args, kwargs), with_kwargs=True))
         with preserved(model), torch.no_grad():
             model(*inputs)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress.allocate import allocate, check_ratio, largest
 from compress.allocate.curves import measure
+from compress.allocate.problem import build_problem
 from compress.criteria import CRITERIA
 from compress.criteria.second_order import SecondOrder
 from compress.errors import RunError
 from compress.graph import ChannelGraph
 from compress.methods import Context
-from compress.methods.timing import search
+from compress.methods.layer_times import Times
+from compress.methods.timed_widths import LayerTimes, choose_widths, narrowest
+from compress.methods.timing import meet, search
 from compress.plan import Plan
 from compress.surgery import apply_prune
 
@@ -23,9 +27,12 @@ ATTEMPTS = 4  # each pins at least one group
 
 
 class Scores(dict[str, Tensor]):
-    """Group name to float64 tensor [channels]; low is removed first. `losses` keeps what the allocation "measured" has measured for them."""
+    """Group name to float64 tensor [channels]; low is removed first. `losses` and `times` keep what the allocation "measured" has measured for them."""
 
-    losses: dict[str, Tensor] | None = None
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        super().__init__(scores)
+        self.losses: dict[str, Tensor] | None = None
+        self.times: Times = {}
 
 
 class ChannelMethod:
@@ -87,15 +94,22 @@ class ChannelMethod:
         A group whose removal fails the check (a width that the network's code uses as a number, say) is pinned, and the budget is shared over the
         others.
         """
-        if "latency" in budget:
+        if budget == {"latency": 0}:
+            budget = {"macs": 0.0}
+        timed = "latency" in budget
+        if timed and context.allocation != "measured":
             return self._by_latency(model, context, state, budget["latency"])
         graph = context.graph
-        original = context.original[QUANTITIES.index(next(iter(budget)))] if context.original else None
+        original = context.original[QUANTITIES.index(next(iter(budget)))] if context.original and not timed else None
         losses = self.losses(context, state) if context.allocation == "measured" else None
         for attempt in range(ATTEMPTS):
             free = {group.name for group in graph.groups if group.prunable}
-            removed = allocate(graph, {name: score for name, score in state.items() if name in free}, budget, kind=context.allocation,
-                               max_layer_ratio=context.max_layer_ratio, round_to=context.round_to, original=original, losses=losses)
+            scores = {name: score for name, score in state.items() if name in free}
+            if timed:
+                removed, meta = self._timed(context, scores, losses, budget["latency"], state.times if isinstance(state, Scores) else {})
+            else:
+                removed, meta = allocate(graph, scores, budget, kind=context.allocation, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to,
+                                         original=original, losses=losses), {}
             trial = copy.deepcopy(model) if self.compensates else model
             self._compensate(context, trial, removed)
             try:
@@ -109,7 +123,7 @@ class ChannelMethod:
             if trial is not model:
                 apply_prune(model, step)
                 model.load_state_dict(trial.state_dict())
-            return Plan([step], _evidence(graph))
+            return Plan([step], _evidence(graph) | meta)
         raise AssertionError("the last attempt returns or raises")
 
     def _by_latency(self, model: nn.Module, context: Context, state: dict[str, Tensor], ratio: float) -> Plan:
@@ -121,12 +135,30 @@ class ChannelMethod:
             self.apply(trial, context, state, {"macs": macs})
             return clock.saved(context.reference(), trial)
 
-        if ratio == 0:
-            return self.apply(model, context, state, {"macs": 0.0})
         most = largest(context.graph, "macs", context.max_layer_ratio, context.round_to, names=state)
         macs, found = search(ratio, most, saved, self.name)
         plan = self.apply(model, context, state, {"macs": macs})
         return Plan(plan.steps, plan.meta | clock.meta(ratio, found))
+
+    def _timed(self, context: Context, scores: dict[str, Tensor], losses: dict[str, Tensor], ratio: float, known: Times) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The channels to remove so that the network saves `ratio` of the original's time, by measured losses and times of layers."""
+        graph, clock = context.graph, context.clock()
+        problem = build_problem(graph, scores, "macs", 0.0, context.max_layer_ratio, context.round_to, 1, None, losses)
+        times, full = LayerTimes(graph, context.model, problem.groups, clock, known), {group.name: group.size for group in problem.groups}
+
+        def removed(kept: dict[str, int]) -> dict[str, Tensor]:
+            return {group.name: group.order[: group.size - kept[group.name]].sort().values for group in problem.groups if kept[group.name] < group.size}
+
+        def build(kept: dict[str, int]) -> nn.Module:
+            if kept == full:
+                return context.model
+            trial = copy.deepcopy(context.model)
+            graph.prune(trial, removed(kept), verify=False)
+            return trial
+
+        kept, saved = meet(ratio, clock, context.reference(), context.model, (times(full), times(narrowest(problem.groups))),
+                           lambda limit: choose_widths(problem.groups, losses, times, limit), build, self.name)
+        return removed(kept), clock.meta(ratio, saved)
 
 
 def _evidence(graph: ChannelGraph) -> dict[str, Any]:

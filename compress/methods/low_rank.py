@@ -29,9 +29,11 @@ from compress.decompose.targets import candidates, observe
 from compress.decompose.unweighted import cp, nested_svd, svd, tucker2
 from compress.errors import UserError
 from compress.methods import METHODS, Context, parse_options
+from compress.methods.layer_times import Times
 from compress.methods.measured_menus import measure_menus
 from compress.methods.menus import Menu, Ranks, build_menu, choose, least, tails, uniform
-from compress.methods.timed_menus import Times, meet, time_menus, with_options
+from compress.methods.timed_menus import time_menus, with_options
+from compress.methods.timing import meet
 from compress.plan import Plan
 from compress.steps.factorize import blocks, factorize_step
 
@@ -197,8 +199,9 @@ class RankMethod:
 
         block = lambda menu, ranks: self._stand_in(context.model.get_submodule(menu.name), ranks)  # noqa: E731
         menus = time_menus(menus, context.model, block, context.clock(), state.times)
-        chosen, saved = meet(menus, ratio, context.reference(), context.model, pick,
-                             lambda chosen: with_options(copy.deepcopy(context.model), menus, chosen, block), context.clock())
+        times = sum(menu.costs[0][2] for menu in menus), least(menus, 2)
+        chosen, saved = meet(ratio, context.clock(), context.reference(), context.model, times, lambda limit: pick(menus, 2, limit),
+                             lambda chosen: with_options(copy.deepcopy(context.model), menus, chosen, block) if any(chosen) else context.model, self.name)
         return menus, chosen, context.clock().meta(ratio, saved)
 
     def _stand_in(self, module: nn.Module, ranks: Ranks) -> nn.Module:

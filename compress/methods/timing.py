@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from compress.cost import batch_size
 from compress.errors import UserError
-from compress.latency import compare
+from compress.latency import compare, latency
 from compress.undisturbed import arguments
 
 BELOW, ABOVE = 0.01, 0.02
 TRIALS = 10
+CORRECTIONS = 6
 NARROW = 2e-3  # two MAC ratios this close are the same network for any clock
+
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,38 @@ def search(ratio: float, most: float, saved: Callable[[float], float], by: str) 
         if not math.isnan(high[1]) and high[0] - low[0] < NARROW:
             break
     return min(found for found in tried if found[1] >= ratio - BELOW)
+
+
+def meet(ratio: float, clock: Timing, original: nn.Module, current: nn.Module, times: tuple[float, float], pick: Callable[[float], Choice],
+         build: Callable[[Choice], nn.Module], by: str) -> tuple[Choice, float]:
+    """(choice, measured saving): `ratio` of the original's latency saved by a network whose layers' times are known.
+
+    A network's time is not the sum of its layers' (activations, caches), so the whole network is measured with what was chosen, and what the layers have to
+    save is corrected by what is missing.
+
+    Parameters
+    ----------
+    original: the uncompressed network. current: the one that is compressed, the same or compressed before.
+    times: nanoseconds of the current network's layers as they are, and the least that they can be brought to.
+    pick: the choice whose layers take at most so many nanoseconds. build: the network of a choice, weights of any values; `current` itself where nothing changes.
+
+    Raises
+    ------
+    UserError: the fastest network saves less; `by` names who could not.
+    """
+    total = latency(original, clock.inputs, clock.seconds, clock.threads).median_ms * 1e6
+    before = 0.0 if current is original else clock.saved(original, current)
+    asked, tried = ratio, []
+    for _ in range(CORRECTIONS):
+        limit = times[0] - (asked - before) * total
+        choice = pick(max(limit, times[1]))
+        network = build(choice)
+        saved = before if network is current else clock.saved(original, network)
+        tried.append((choice, saved))
+        if met(saved, ratio):
+            return choice, saved
+        if limit <= times[1] and saved < ratio - BELOW:
+            raise unreachable(ratio, saved, by)
+        asked += ratio - saved
+    enough = [one for one in tried if one[1] >= ratio - BELOW]
+    return min(enough or tried, key=lambda one: abs(one[1] - ratio))

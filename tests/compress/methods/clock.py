@@ -11,15 +11,24 @@ from compress.undisturbed import arguments, undisturbed
 NANO_PER_MAC, NANO_PER_CALL = 1.0, 300.0
 
 
-def nanoseconds(model: nn.Module, inputs, depthwise: float = 1.0, call: float = NANO_PER_CALL) -> float:
-    """Time of one forward pass of the whole batch: a constant per call of a layer, and its MACs, those in groups `depthwise` times as slow."""
+def nanoseconds(model: nn.Module, inputs, depthwise: float = 1.0, call: float = NANO_PER_CALL, block: int = 1) -> float:
+    """Time of one forward pass of the whole batch: a constant per call of a layer, and its MACs (BatchNorm: elements), those in groups `depthwise` times as slow.
+
+    Channels of convolutions and linear layers count in whole blocks of `block`, as for kernels that work on vectors.
+    """
     spent = [0.0]
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        dim = -1 if isinstance(module, nn.Linear) else 1
         products = module.weight[0].numel() * output.numel()
+        if not isinstance(module, nn.BatchNorm2d):
+            out, into = output.shape[dim], args[0].shape[dim]
+            products *= -(-out // block) * block / out
+            if getattr(module, "groups", 1) == 1:
+                products *= -(-into // block) * block / into
         spent[0] += call + NANO_PER_MAC * products * (depthwise if getattr(module, "groups", 1) > 1 else 1.0)
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
     try:
         with undisturbed(model), torch.no_grad():
             model(*arguments(inputs))
@@ -32,12 +41,12 @@ def nanoseconds(model: nn.Module, inputs, depthwise: float = 1.0, call: float = 
 class Clock:
     """Takes the place of `compare` and `latency`; `seen` counts the networks that were timed."""
 
-    def __init__(self, depthwise: float = 1.0, call: float = NANO_PER_CALL) -> None:
-        self.depthwise, self.call, self.seen = depthwise, call, 0
+    def __init__(self, **rates: float) -> None:
+        self.rates, self.seen = rates, 0
 
     def latency(self, model, inputs, seconds=0.3, threads=None, mode="eager"):
         self.seen += 1
-        ms = nanoseconds(model, inputs, self.depthwise, self.call) / 1e6
+        ms = nanoseconds(model, inputs, **self.rates) / 1e6
         return Latency(ms, ms, ms, 5)
 
     def compare(self, models, inputs, seconds=0.3, threads=None, mode="eager"):
@@ -47,6 +56,6 @@ class Clock:
 
     def install(self, monkeypatch) -> "Clock":
         """Let all budgets of latency be measured by this clock."""
-        for place in ("timing.compare", "timed_menus.compare", "timed_menus.latency"):
+        for place in ("timing.compare", "timing.latency", "layer_times.compare"):
             monkeypatch.setattr(f"compress.methods.{place}", getattr(self, place.split(".")[1]))
         return self
