@@ -36,7 +36,7 @@ from compress.train import evaluate, recalibrate
 from models import build, load_weights
 
 SPEEDUPS = (1.5, 2.0)
-METHODS = ("l1:uniform", "taylor_fo:global", "taylor_fo:measured", "kron_obs:uniform", "kron_obs:measured", "svd:global", "kfac_tucker:global", "kfac_cp:global", "tp_l1",
+METHODS = ("l1:uniform", "l1:measured", "taylor_fo:global", "taylor_fo:measured", "kron_obs:uniform", "kron_obs:measured", "svd:global", "kfac_tucker:global", "kfac_cp:global", "tp_l1",
            "tp_taylor")
 
 

@@ -1,6 +1,7 @@
 """Oracle: a clock that is a function of the layers, read on the compressed network; every choice of a small menu; functions whose root is known."""
 
 import copy
+import time
 from itertools import product
 
 import pytest
@@ -14,6 +15,7 @@ from compress.cost import count
 from compress.errors import UserError
 from compress.graph import trace
 from compress.methods import Context, method, names
+from compress.methods.layer_times import TURNS, compare_layers
 from compress.methods.menus import Menu, choose
 from compress.methods.timed_menus import OPTIONS, spread
 from compress.methods.timed_widths import LayerTimes, choose_widths, ladder
@@ -284,6 +286,27 @@ def test_only_methods_that_share_time_take_it():
     for name in ("eigendamage", "mask_magnitude"):
         with pytest.raises(UserError, match="takes one of"):
             compress(network(), X, BATCHES, method=name, budget={"latency": 0.5})
+
+
+class Sleeper(nn.Module):
+    """Takes a known time per call."""
+
+    def __init__(self, ms, log):
+        super().__init__()
+        self.ms, self.log, self.weight = ms, log, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        self.log.append((self.ms, self.training, torch.is_inference_mode_enabled(), torch.get_num_threads()))
+        time.sleep(self.ms / 1e3)
+
+
+def test_layers_are_timed_in_turns_as_they_are_used():
+    log, threads = [], torch.get_num_threads()
+    dense, found = compare_layers({"a": (Sleeper(2, log), (X, X)), "b": (Sleeper(20, log), (X,))}, Timing(X, seconds=0.4, threads=2))
+    assert {entry[1:] for entry in log} == {(False, True, 2)} and torch.get_num_threads() == threads
+    assert found["a"] == 1 and 0 < found["b"] < 1 and dense > 4e6
+    slow = [number for number, entry in enumerate(log) if entry[0] == 20]
+    assert len(slow) == 2 + TURNS and all(after - before > 1 for before, after in zip(slow[2:], slow[3:]))
 
 
 @pytest.mark.parametrize("name", ["l1", "tucker"])
