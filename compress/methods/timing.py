@@ -7,6 +7,7 @@ stands in the plan.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ from compress.undisturbed import arguments
 
 BELOW, ABOVE = 0.01, 0.02
 TRIALS = 10
-CORRECTIONS = 6
-NARROW = 2e-3  # two MAC ratios this close are the same network for any clock
+NARROW = 2e-3  # of the whole range: two points this close are the same network for any clock
 
 
 Choice = TypeVar("Choice")
@@ -64,48 +64,53 @@ def unreachable(ratio: float, saved: float, by: str) -> UserError:
                      f"saves {saved:.3f}, measured in turns with the original.")
 
 
-def search(ratio: float, most: float, saved: Callable[[float], float], by: str) -> tuple[float, float]:
-    """(MAC ratio, measured saving) of the network that saves `ratio` of the latency, MAC ratios from 0 to `most`.
+def search(ratio: float, most: float, saved: Callable[[float], float], by: str, first: float | None = None) -> tuple[float, float]:
+    """(x, measured saving) of the network that saves `ratio` of the latency; x, from 0 to `most`, says how much is removed, of MACs say.
 
-    The interval that holds the ratio is narrowed by interpolation between the savings at its ends, each step at least a tenth of it. Where no
-    trial meets the ratio (the time jumps, or scatters), the largest network of those that save more is taken.
+    The interval that holds the ratio is narrowed by interpolation between the savings at its ends, each step at least a tenth of it, starting with `first` (None:
+    the ratio). A network that meets the ratio is measured again, and the mean counts. Where no trial meets it (the time jumps, or scatters), the one with the
+    least removed of those that save more is taken.
 
     Raises
     ------
-    UserError: the network with `most` of its MACs removed saves less; `by` names who could not.
+    UserError: the network with `most` removed saves less; `by` names who could not.
     """
     low, high = (0.0, 0.0), (most, math.nan)
     tried: list[tuple[float, float]] = []
     for trial in range(TRIALS):
         if trial == 0:
-            at = min(ratio, most)
+            at = min(ratio if first is None else first, most)
         elif math.isnan(high[1]):
-            # time lags behind MACs: after two steps that fall short the end itself is asked
-            at = most if trial > 2 else min(most, low[0] + 1.3 * (ratio - low[1]))
+            # time lags behind what is removed: after two steps that fall short the end itself is asked
+            at = most if trial > 2 else min(most, low[0] + 1.3 * max(ratio - low[1], 0.0) * (low[0] / low[1] if low[1] > 0 else 1.0))
         else:
             share = (ratio - low[1]) / max(high[1] - low[1], 1e-9)
             at = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
-        found = at, saved(at)
-        tried.append(found)
-        if met(found[1], ratio):
-            return found
-        if found[1] > ratio:
-            high = found
+        gain = saved(at)
+        if met(gain, ratio):
+            gain = (gain + saved(at)) / 2
+        tried.append((at, gain))
+        if met(gain, ratio):
+            return tried[-1]
+        if gain > ratio:
+            high = tried[-1]
         else:
-            low = found
+            low = tried[-1]
             if at >= most:
-                raise unreachable(ratio, found[1], by)
-        if not math.isnan(high[1]) and high[0] - low[0] < NARROW:
+                break
+        if not math.isnan(high[1]) and high[0] - low[0] < NARROW * most:
             break
-    return min(found for found in tried if found[1] >= ratio - BELOW)
+    enough = [one for one in tried if one[1] >= ratio - BELOW]
+    if not enough:
+        raise unreachable(ratio, max(gain for _, gain in tried), by)
+    return min(enough)
 
 
 def meet(ratio: float, clock: Timing, original: nn.Module, current: nn.Module, times: tuple[float, float], pick: Callable[[float], Choice],
          build: Callable[[Choice], nn.Module], by: str) -> tuple[Choice, float]:
     """(choice, measured saving): `ratio` of the original's latency saved by a network whose layers' times are known.
 
-    A network's time is not the sum of its layers' (activations, caches), so the whole network is measured with what was chosen, and what the layers have to
-    save is corrected by what is missing.
+    A network's time is not the sum of its layers' (activations, caches, calls), so what the layers have to save is searched for, the whole network being measured.
 
     Parameters
     ----------
@@ -117,19 +122,14 @@ def meet(ratio: float, clock: Timing, original: nn.Module, current: nn.Module, t
     ------
     UserError: the fastest network saves less; `by` names who could not.
     """
+    dense, least = times
     total = latency(original, clock.inputs, clock.seconds, clock.threads).median_ms * 1e6
     before = 0.0 if current is original else clock.saved(original, current)
-    asked, tried = ratio, []
-    for _ in range(CORRECTIONS):
-        limit = times[0] - (asked - before) * total
-        choice = pick(max(limit, times[1]))
-        network = build(choice)
-        saved = before if network is current else clock.saved(original, network)
-        tried.append((choice, saved))
-        if met(saved, ratio):
-            return choice, saved
-        if limit <= times[1] and saved < ratio - BELOW:
-            raise unreachable(ratio, saved, by)
-        asked += ratio - saved
-    enough = [one for one in tried if one[1] >= ratio - BELOW]
-    return min(enough or tried, key=lambda one: abs(one[1] - ratio))
+    at = functools.cache(lambda share: pick(max(least, dense - share * (dense - least))))
+
+    def saved(share: float) -> float:
+        network = build(at(share))
+        return before if network is current else clock.saved(original, network)
+
+    share, found = search(ratio, 1.0, saved, by, first=max(0.0, (ratio - before) * total / max(dense - least, 1e-9)))
+    return at(share), found

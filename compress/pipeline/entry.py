@@ -26,7 +26,7 @@ from compress.config_file import to_json
 from compress.cost import count
 from compress.curvature import local
 from compress.data import DataBundle
-from compress.errors import UserError
+from compress.errors import RunError, UserError
 from compress.graph import trace
 from compress.network_file import NETWORK, PLAN, WEIGHTS, read, read_weights, save
 from compress.pipeline.checks import Prepared, context_for
@@ -125,7 +125,12 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     else:
         context, state, spent = _scored(job, base, entry, model, example, plan.meta)
         started = time.perf_counter()
-    done = phase.change(entry.method, result, context, state, config.prune.budget)
+    try:
+        done = phase.change(entry.method, result, context, state, config.prune.budget)
+    except UserError as error:
+        if config.prune.budget != "latency":  # every other budget was checked before the run began
+            raise
+        raise RunError(f"{entry.name}: {error} The entries before it are stored; take the ratio or the method out.") from error
     if config.prune.reconstruction_images:
         images = job.data.calibration(config.prune.reconstruction_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         reconstruct(result, base.model, plan.steps + done.steps, images, example, exclude=config.prune.exclude)

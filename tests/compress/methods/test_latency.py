@@ -266,13 +266,20 @@ def test_a_menu_is_thinned_over_its_whole_range():
 def test_the_search_finds_known_roots(curve, ratio):
     asked = []
     found = search(ratio, 0.95, lambda m: asked.append(m) or curve(m), "it")
-    assert found == (asked[-1], curve(asked[-1])) and len(asked) <= TRIALS
+    assert found == (asked[-1], curve(asked[-1])) and len(asked) <= TRIALS + 1 and asked[-2] == asked[-1]
     assert ratio - BELOW <= found[1] <= ratio + ABOVE
 
 
 def test_the_search_takes_the_least_of_more_where_the_time_jumps():
     ratio, found = search(0.5, 0.95, lambda m: 0.2 if m < 0.6 else 0.7, "it")
     assert found == 0.7 and 0.6 <= ratio <= 0.64
+
+
+def test_a_lucky_measurement_is_not_enough():
+    values = iter([0.5, 0.3, 0.7, 0.49, 0.51])
+    asked = []
+    assert search(0.5, 0.95, lambda m: asked.append(m) or next(values), "it") == (asked[-1], pytest.approx(0.5))
+    assert asked[0] == asked[1] and asked[3] == asked[4] and asked[1] < asked[3] < asked[2]
 
 
 def test_the_search_says_what_is_possible():

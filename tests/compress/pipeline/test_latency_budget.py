@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from compress import load
+from compress.errors import RunError
 from compress.methods.timing import ABOVE, BELOW
 from compress.pipeline.run import dry_run, run
 from models import build
@@ -47,3 +48,9 @@ def test_a_dry_run_measures_and_plans_alike(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     row = json.loads((run(chosen, tmp_path, log=lambda line: None) / "results.json").read_text())["rows"][1]
     assert (planned["params"], planned["macs"]) == pytest.approx((row["params"], row["macs"]), rel=0.2)  # svd of initial weights there, of trained ones here
+
+
+def test_a_ratio_out_of_reach_ends_the_run_and_says_so(tmp_path, monkeypatch):
+    Clock(call=1e7).install(monkeypatch)
+    with pytest.raises(RunError, match="l1-latency0.6-s0: A budget that removes 0.6 of the latency cannot be reached.*take the ratio or the method out"):
+        run(config("l1", 0.6, {}, "prune.budget=latency"), tmp_path, log=lambda line: None)
