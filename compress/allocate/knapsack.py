@@ -79,13 +79,14 @@ def _one_budget(menus: Sequence[Sequence[Option]], limit: float) -> list[int]:
     least = [min(option.costs[0] for option in menu) for menu in menus]
     extra = [[option.costs[0] - low for option in menu] for menu, low in zip(menus, least, strict=True)]
     units, room = _units(extra, limit - sum(least))
-    best, decided = np.zeros(room + 1), []
+    best, decided, finite = np.zeros(room + 1), [], [option.loss for menu in menus for option in menu if math.isfinite(option.loss)]
+    worst = 1e6 * max((abs(loss) for loss in finite), default=1.0) + 1.0  # instead of a loss that is no number
     for menu, sizes in zip(menus, units, strict=True):
         reached, choice = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
         for index, (option, size) in enumerate(zip(menu, sizes, strict=True)):
             if size > room:
                 continue
-            total = best[: room + 1 - size] + option.loss
+            total = best[: room + 1 - size] + (option.loss if math.isfinite(option.loss) else worst)
             better = total < reached[size:]
             reached[size:][better], choice[size:][better] = total[better], index
         best = reached

@@ -69,7 +69,7 @@ class Problem:
         """Raise a UserError where no permitted choice of widths meets the budget."""
         if not self.groups:
             raise UserError(f"No channels of this network may be removed, so a budget of {self.ratio:g} of its {self.quantity} "
-                            f"cannot be met{_reasons(self.graph)}.")
+                            f"cannot be met{reasons(self.graph)}.")
         if self.most < self.lower:
             raise UserError(f"A budget that removes {self.ratio:g} of the {self.quantity} cannot be reached: at most "
                             f"{math.floor(self.most * 1e4) / 1e4:g} can be removed with {self.limits}.")
@@ -124,9 +124,10 @@ def _quantity(count: tuple[int, int], quantity: str) -> int:
     return count[("params", "macs").index(quantity)]
 
 
-def _reasons(graph: Any) -> str:
-    reasons = list(dict.fromkeys(group.reason for group in graph.groups if not group.prunable and group.reason))
-    return f" (why: {'; '.join(reasons[:3])})" if reasons else ""
+def reasons(graph: Any) -> str:
+    """Why groups are pinned, in brackets, for the end of a sentence; empty where none is."""
+    found = list(dict.fromkeys(group.reason for group in graph.groups if not group.prunable and group.reason))
+    return f" (why: {'; '.join(found[:3])})" if found else ""
 
 
 def parse_budget(budget: dict[str, float]) -> tuple[str, float]:

@@ -103,7 +103,7 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     for name, child in children.items():
         # materialised one by one: initialising weights that are overwritten would only move the caller's random state
         child.weight = nn.Parameter(
-            factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(), _trained(module, name)
+            factors.tensors[name].detach().to(reference).reshape(child.weight.shape).clone(memory_format=_memory(reference, child.weight)), _trained(module, name)
         )
         if child.bias is not None:
             bias = layer_bias(module)
@@ -114,6 +114,12 @@ def build_block(module: nn.Module, factors: Factors) -> FactorizedConv2d | Facto
     if convolution:
         block.depthwise = factors.depthwise
     return block.train(module.training)
+
+
+def _memory(reference: Tensor, weight: Tensor) -> torch.memory_format:
+    """Channels last where the layer's weight is."""
+    last = reference.ndim == 4 and not reference.is_contiguous() and reference.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and weight.ndim == 4 else torch.contiguous_format
 
 
 def _trained(module: nn.Module, name: str) -> bool:

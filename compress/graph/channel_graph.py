@@ -94,6 +94,11 @@ class ChannelGraph:
         return self._trace.costs
 
     @property
+    def grouped(self) -> dict[str, str]:
+        """How the weights of convolutions in groups lose channels: "position" (the same ones in each group) or "group" (whole groups), by parameter."""
+        return dict(self._trace.grouped)
+
+    @property
     def layers(self) -> list[LayerCost]:
         """MACs per weight and example."""
         return self._counting().layers(self._costs, {name: shape for name, (shape, _) in self._tensors.items()})

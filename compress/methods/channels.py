@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress.allocate import allocate, check_ratio, largest
 from compress.allocate.curves import measure
-from compress.allocate.problem import build_problem
+from compress.allocate.problem import build_problem, reasons
 from compress.criteria import CRITERIA
 from compress.criteria.second_order import SecondOrder
-from compress.errors import RunError
+from compress.errors import RunError, UserError
 from compress.graph import ChannelGraph
 from compress.methods import Context
 from compress.methods.layer_times import Times
@@ -84,8 +84,9 @@ class ChannelMethod:
     def check_budget(self, context: Context, budget: dict[str, float]) -> None:
         """Raise `UserError` where the caps leave `budget` out of reach."""
         names = self.criterion.check(context.graph, context.model, **context.options)
-        if "latency" in budget:  # what it takes is known once it is measured
-            budget = {"macs": 0.0}
+        if "latency" in budget:  # how far it goes is known once it is measured
+            self._most(context, names, budget["latency"])
+            return
         check_ratio(context.graph, budget, names=names, max_layer_ratio=context.max_layer_ratio, round_to=context.round_to)
 
     def apply(self, model: nn.Module, context: Context, state: dict[str, Tensor], budget: dict[str, float]) -> Plan:
@@ -135,13 +136,24 @@ class ChannelMethod:
             self.apply(trial, context, state, {"macs": macs})
             return clock.saved(context.reference(), trial)
 
-        most = largest(context.graph, "macs", context.max_layer_ratio, context.round_to, names=state)
+        current = context.graph.count()[1]
+        original = context.original[1] if context.original else current
+        most = 1 - (1 - self._most(context, state, ratio)) * current / original
         macs, found = search(ratio, most, saved, self.name)
         plan = self.apply(model, context, state, {"macs": macs})
         return Plan(plan.steps, plan.meta | clock.meta(ratio, found))
 
+    def _most(self, context: Context, names: Collection[str], ratio: float) -> float:
+        """The largest fraction of the network's MACs that may go; `UserError` where that is none."""
+        most = largest(context.graph, "macs", context.max_layer_ratio, context.round_to, names=names) if ratio else 0.0
+        if ratio and most <= 0:
+            raise UserError(f"No channels of this network may be removed with max_layer_ratio {context.max_layer_ratio:g} and round_to {context.round_to}, so a budget of "
+                            f"{ratio:g} of its latency cannot be met{reasons(context.graph)}.")
+        return most
+
     def _timed(self, context: Context, scores: dict[str, Tensor], losses: dict[str, Tensor], ratio: float, known: Times) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The channels to remove so that the network saves `ratio` of the original's time, by measured losses and times of layers."""
+        self._most(context, scores, ratio)
         graph, clock = context.graph, context.clock()
         problem = build_problem(graph, scores, "macs", 0.0, context.max_layer_ratio, context.round_to, 1, None, losses)
         times, full = LayerTimes(graph, context.model, problem.groups, clock, known), {group.name: group.size for group in problem.groups}

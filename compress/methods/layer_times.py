@@ -66,7 +66,7 @@ def _block(layer: nn.Module, inputs: tuple[Tensor, ...], seconds: float) -> Call
 
 def random_inputs(layer: nn.Module, shapes: tuple[tuple[int, ...], ...], example: Any) -> tuple[Tensor, ...]:
     """Random inputs of these shapes, of the layer's type and device, channels last where the example is."""
-    weight, first = next(layer.parameters()), arguments(example)[0]
+    weight, first = next(tensor for tensor in (*layer.parameters(), *layer.buffers()) if tensor.is_floating_point()), arguments(example)[0]
     last = isinstance(first, Tensor) and first.ndim == 4 and not first.is_contiguous() and first.is_contiguous(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     made = [torch.randn(shape, generator=generator).to(weight) for shape in shapes]

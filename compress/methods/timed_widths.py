@@ -2,96 +2,118 @@
 
 Time does not follow the number of channels: kernels work on blocks of them (of 16 on many CPUs, of 8 to 64 on GPUs), and 63 channels take as long as 64. So each
 group may keep one of a few widths, w = {group: width}, and the convolutions, linear and BatchNorm layers that it runs through are timed as they would then be:
-    minimise  sum_g D_g(w_g)    subject to    T(w) = sum_l t_l(inputs(w), outputs(w)) <= limit,
+    minimise  sum_g D_g(w_g)    subject to    T(w) = sum_l t_l(sizes of l's tensors at w) <= limit,
 D_g the measured loss of cutting g to w_g (`compress.allocate.curves`). For a multiplier m, D_g(w_g) + m T(w) is minimised group by group until nothing changes;
-m is bisected, and what is left below the limit is given back, most loss per time first. Times are measured when they are first needed; layers of one shape share them.
+m is bisected, and what is left below the limit is given back, most loss per time first. Times are measured when they are first needed, sizes rounded up to a
+sixteenth of the layer's (concatenation makes many); layers of one shape share them. A layer that does not run with other widths by itself counts in
+proportion to its weight.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from compress.decompose.targets import observe
+from compress.errors import UserError
+from compress.graph.adapters import attributes_of
 from compress.methods.layer_times import Times, compare_layers, random_inputs
 from compress.methods.timing import Timing
+from compress.surgery import apply_prune, named_tensors
+from compress.undisturbed import undisturbed
 
-LEVELS = 8  # widths of a group, its own included
+LEVELS = 8  # widths of a group, its own included, and the narrowest one
+GRID = 16
+TOGETHER = 12  # variants of a layer that are held and timed at one time
 SWEEPS = 8
 BISECTIONS = 40
 
 Kept = dict[str, int]
+Sizes = tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class _Layer:
-    """A layer, the shapes of its inputs, and what each group's removed channels take from its outputs and inputs: {group: channels of the layer each}."""
+    """A layer that groups run through.
 
-    module: nn.Module
-    shapes: tuple[tuple[int, ...], ...]
-    outputs: dict[str, int]
-    inputs: dict[str, int]
+    taken: of each (tensor of the layer, dimension) how many of its indices one channel of each group takes. grouped: how convolutions in groups lose channels.
+    """
 
-    def sizes(self, removed: Mapping[str, int]) -> tuple[int, int]:
-        """(outputs, inputs) that are left."""
-        out, into = _widths(self.module)
-        return tuple(max(1, full - sum(count * removed.get(group, 0) for group, count in part.items())) for full, part in ((out, self.outputs), (into, self.inputs)))
+    def __init__(self, module: nn.Module, shapes: tuple[tuple[int, ...], ...], taken: dict[tuple[str, int], dict[str, int]], grouped: dict[str, str]) -> None:
+        self.module, self.shapes, self.taken, self.grouped = module, shapes, taken, grouped
+        tensors = named_tensors(module)
+        self.full: Sizes = tuple(tensors[name].shape[dim] for name, dim in taken)
+        # positions in groups must stay a multiple of the groups
+        free = getattr(module, "groups", 1) in (1, getattr(module, "out_channels", 0))
+        self.units = [max(1, 2 ** round(math.log2(size / GRID))) if free and size > GRID else 1 for size in self.full]
+        plain = type(module).__module__.startswith("torch.nn.modules")
+        weights = tuple((name, tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) for name, tensor in tensors.items())
+        self.key = (type(module), module.extra_repr(), weights, shapes, tuple(taken)) if plain else (id(module),)
 
-    def key(self) -> tuple:
-        """What its time depends on beside its widths."""
-        module, free = self.module, tuple(tuple(n for d, n in enumerate(shape) if d != _channel(self.module, shape)) for shape in self.shapes)
-        geometry = tuple(getattr(module, name, None) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"))
-        return type(module), geometry, _depthwise(module), getattr(module, "bias", None) is None, next(module.parameters()).dtype, free, _widths(module)
+    def sizes(self, removed: Mapping[str, int]) -> Sizes:
+        """Of each dimension in `taken` what is left, rounded up to the grid."""
+        left = (full - sum(count * removed.get(group, 0) for group, count in counts.items()) for full, counts in zip(self.full, self.taken.values(), strict=True))
+        return tuple(min(full, -(-max(1, size) // unit) * unit) for size, full, unit in zip(left, self.full, self.units, strict=True))
 
-    def at(self, out: int, into: int) -> nn.Module:
-        """The layer with other widths, its weights as they come."""
-        module, weight = self.module, next(self.module.parameters())
-        settings = {"device": weight.device, "dtype": weight.dtype}
-        with torch.random.fork_rng(devices=[]):
-            if isinstance(module, nn.Conv2d):
-                return nn.Conv2d(into, out, module.kernel_size, module.stride, module.padding, module.dilation, out if _depthwise(module) else 1,
-                                 module.bias is not None, module.padding_mode, **settings)
-            if isinstance(module, nn.Linear):
-                return nn.Linear(into, out, module.bias is not None, **settings)
-            return type(module)(out, **settings)
+    def share(self, sizes: Sizes) -> float:
+        """What is left of the layer's weight."""
+        ranks = {name: tensor.ndim for name, tensor in named_tensors(self.module).items()}
+        return math.prod(size / full for (name, _), size, full in zip(self.taken, sizes, self.full, strict=True) if ranks[name] > 1 or max(ranks.values()) < 2)
 
-    def called(self, into: int) -> tuple[tuple[int, ...], ...]:
-        """The shapes of its inputs with `into` channels."""
-        return tuple(tuple(into if d == _channel(self.module, shape) else n for d, n in enumerate(shape)) for shape in self.shapes)
+    def at(self, sizes: Sizes, example: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The layer cut to these sizes, and inputs for it; raises whatever the layer raises where it does not run so."""
+        layer, shapes, slices, changed = copy.deepcopy(self.module), {}, {}, named_tensors(self.module)
+        for (name, dim), size, full in zip(self.taken, sizes, self.full, strict=True):
+            if size < full:
+                before = tuple(changed[name].shape)
+                new = shapes.get(name, (before, before))[1]
+                shapes[name] = before, (*new[:dim], size, *new[dim + 1:])
+                slices.setdefault(name, {})[str(dim)] = list(range(size, full))
+        apply_prune(layer, {"slices": slices, "attributes": {"": attributes_of("", self.module, shapes, self.grouped)}})
+        inputs = random_inputs(layer, self.called(layer), example)
+        with torch.no_grad(), undisturbed(layer):
+            layer(inputs[0])
+        return layer, inputs
+
+    def called(self, layer: nn.Module) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the inputs of the layer, cut to other widths."""
+        channels = next(getattr(layer, name) for name in ("in_channels", "in_features", "num_features") if hasattr(layer, name))
+        place = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else 1
+        return tuple(tuple(channels if d == place % len(shape) else n for d, n in enumerate(shape)) for shape in self.shapes)
 
 
 class LayerTimes:
     """T(w): nanoseconds of all layers whose widths the groups decide, for the whole batch.
 
     known: times by shape, added to.
+
+    Raises
+    ------
+    UserError: no layer that the groups run through can be timed.
     """
 
     def __init__(self, graph: Any, model: nn.Module, groups: Sequence[Any], timing: Timing, known: Times) -> None:
         self.full = {group.name: group.size for group in groups}
         self.timing, self.known = timing, known
-        taken: dict[tuple[str, int], dict[str, int]] = {}
-        for group in graph.groups:
-            if group.name in self.full:
-                for member in group.members:
-                    taken.setdefault((member.parameter, member.dim), {})[group.name] = member.indices.shape[1]
-        self.layers: list[tuple[_Layer, tuple]] = []
-        for name, calls in observe(model, timing.inputs, (nn.Conv2d, nn.Linear, _BatchNorm)).items():
-            module = model.get_submodule(name)
-            if type(module) in (nn.Conv2d, nn.Linear) and getattr(module, "groups", 1) == 1:
-                parts = taken.get((f"{name}.weight", 0), {}), taken.get((f"{name}.weight", 1), {})
-            elif _depthwise(module) or (isinstance(module, _BatchNorm) and module.weight is not None):
-                parts = (taken.get((f"{name}.weight", 0), {}),) * 2
-            else:
-                continue
-            if any(parts):
-                layer = _Layer(module, calls.shapes, *parts)
-                self.layers.append((layer, layer.key()))
-        self.touched = {name: [number for number, (layer, _) in enumerate(self.layers) if name in layer.outputs or name in layer.inputs] for name in self.full}
+        self.layers: list[_Layer] = []
+        members = [(group.name, member) for group in graph.groups if group.name in self.full for member in group.members]
+        for name, calls in observe(model, timing.inputs, (_ConvNd, nn.Linear, _NormBase)).items():
+            taken: dict[tuple[str, int], dict[str, int]] = {}
+            for group, member in members:
+                if member.parameter.startswith(f"{name}."):
+                    taken.setdefault((member.parameter.removeprefix(f"{name}."), member.dim), {})[group] = member.indices.shape[1]
+            if taken:
+                grouped = {key.removeprefix(f"{name}."): way for key, way in graph.grouped.items() if key.startswith(f"{name}.")}
+                self.layers.append(_Layer(model.get_submodule(name), calls.shapes, taken, grouped))
+        if not self.layers:
+            raise UserError("Allocation 'measured' shares time by the layers that channels run through, and none of them can be timed by itself; choose 'global' or 'uniform'.")
+        self.touched = {name: [number for number, layer in enumerate(self.layers) if any(name in counts for counts in layer.taken.values())] for name in self.full}
 
     def __call__(self, kept: Kept) -> float:
         """T at these widths."""
@@ -105,25 +127,29 @@ class LayerTimes:
         needed = []
         for kept in choices:
             removed = {name: self.full[name] - width for name, width in kept.items() if width != self.full[name]}
-            needed.append([(number, self.layers[number][0].sizes(removed)) for number in numbers])
-        missing: dict[tuple, tuple[_Layer, set]] = {}
+            needed.append([(self.layers[number], self.layers[number].sizes(removed)) for number in numbers])
+        missing: dict[tuple, tuple[_Layer, dict[Sizes, None]]] = {}
         for entries in needed:
-            for number, sizes in entries:
-                layer, key = self.layers[number]
-                if (key, sizes) not in self.known:
-                    missing.setdefault(key, (layer, set()))[1].add(sizes)
-        for key, (layer, wanted) in missing.items():
-            self._measure(layer, key, sorted(wanted))
-        return [sum(self.known[self.layers[number][1], sizes] for number, sizes in entries) for entries in needed]
+            for layer, sizes in entries:
+                if (layer.key, sizes) not in self.known:
+                    missing.setdefault(layer.key, (layer, {}))[1][sizes] = None
+        for layer, wanted in missing.values():
+            for start in range(0, len(wanted), TOGETHER):
+                self._measure(layer, list(wanted)[start: start + TOGETHER])
+        return [sum(self.known[layer.key, sizes] for layer, sizes in entries) for entries in needed]
 
-    def _measure(self, layer: _Layer, key: tuple, wanted: list[tuple[int, int]]) -> None:
-        full = layer.sizes({})
-        candidates = {full: layer.module} | {sizes: layer.at(*sizes) for sizes in wanted if sizes != full}
-        inputs = {sizes: random_inputs(layer.module, layer.called(sizes[1]), self.timing.inputs) for sizes in candidates}
-        dense, speedups = compare_layers({sizes: (module, inputs[sizes]) for sizes, module in candidates.items()}, self.timing)
-        self.known.setdefault((key, full), dense)
-        for sizes in candidates:
-            self.known.setdefault((key, sizes), self.known[key, full] / speedups[sizes])
+    def _measure(self, layer: _Layer, wanted: list[Sizes]) -> None:
+        variants = {layer.full: (layer.module, random_inputs(layer.module, layer.shapes, self.timing.inputs))}
+        for sizes in wanted:
+            if sizes != layer.full:
+                try:
+                    variants[sizes] = layer.at(sizes, self.timing.inputs)
+                except Exception:  # a class of the user that repeats a width somewhere; counted by its weight below
+                    continue
+        dense, speedups = compare_layers(variants, self.timing)
+        dense = self.known.setdefault((layer.key, layer.full), dense)
+        for sizes in wanted:
+            self.known.setdefault((layer.key, sizes), dense / speedups[sizes] if sizes in speedups else dense * layer.share(sizes))
 
 
 def choose_widths(groups: Sequence[Any], losses: Mapping[str, Tensor], times: LayerTimes, limit: float) -> Kept:
@@ -135,7 +161,7 @@ def choose_widths(groups: Sequence[Any], losses: Mapping[str, Tensor], times: La
     lost = {group.name: {width: float(losses[group.name][: group.size - width].sum()) for width in levels[group.name]} for group in groups}
     full = {group.name: group.size for group in groups}
     narrow = narrowest(groups)
-    if times(narrow) > limit:
+    if times(narrow) >= limit:
         return narrow
     total = lambda kept: sum(lost[name][width] for name, width in kept.items())  # noqa: E731
     best, low, high = narrow, 0.0, None
@@ -144,7 +170,7 @@ def choose_widths(groups: Sequence[Any], losses: Mapping[str, Tensor], times: La
         kept = _descend(full, levels, lost, times, multiplier)
         if times(kept) <= limit:
             high = multiplier
-            best = min(best, kept, key=total)
+            best = min(best, kept, key=lambda one: (total(one), -times(one)))
         else:
             low = multiplier
         multiplier = 2 * multiplier if high is None else (high / 4 if low == 0 else (low * high) ** 0.5)
@@ -159,11 +185,11 @@ def narrowest(groups: Sequence[Any]) -> Kept:
 
 
 def ladder(widths: Sequence[int]) -> list[int]:
-    """`LEVELS` of the permitted widths (descending), the nearest to equal steps of the first, powers of two preferred as steps."""
+    """About `LEVELS` of the permitted widths (descending), the nearest to equal steps of the first, which are powers of two, and the narrowest."""
     size = widths[0]
-    unit = max(1, 2 ** round(torch.log2(torch.tensor(size / LEVELS)).item())) if size >= LEVELS else 1
+    unit = max(1, 2 ** round(math.log2(size / LEVELS)))
     wanted = [size, *range((size - 1) // unit * unit, 0, -unit)]
-    return sorted({min(widths, key=lambda width: (abs(width - want), width)) for want in wanted}, reverse=True)
+    return sorted({widths[-1], *(min(widths, key=lambda width: (abs(width - want), width)) for want in wanted)}, reverse=True)
 
 
 def _descend(start: Kept, levels: dict[str, list[int]], lost: dict[str, dict[int, float]], times: LayerTimes, multiplier: float) -> Kept:
@@ -189,27 +215,9 @@ def _give_back(kept: Kept, levels: dict[str, list[int]], lost: dict[str, dict[in
             *wider, own = times.of(name, options, kept)
             for width, spent in zip(options, wider):
                 gain, more = lost[name][kept[name]] - lost[name][width], spent - own
-                if now + more <= limit and gain > 0:
-                    best = max(best or (0.0, "", 0), (gain / max(more, 1e-6 * now), name, width))
+                if now + more <= limit and gain >= 0:
+                    best = max(best or (-1.0, "", 0), (gain / max(more, 1e-6 * now), name, width))
         if best is None:
             return kept
         kept[best[1]] = best[2]
         now = times(kept)
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs)."""
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.in_channels
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.num_features, module.num_features
-
-
-def _depthwise(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.groups == module.in_channels == module.out_channels > 1
-
-
-def _channel(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """The dimension of an input that holds the channels."""
-    return len(shape) - 1 if isinstance(module, nn.Linear) else len(shape) - 3 if isinstance(module, nn.Conv2d) else 1

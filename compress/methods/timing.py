@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from compress.cost import batch_size
-from compress.errors import UserError
+from compress.errors import CompressError, RunError, UserError, cause
 from compress.latency import compare, latency
 from compress.undisturbed import arguments
 
@@ -44,8 +44,16 @@ class Timing:
     threads: int | None = None
 
     def saved(self, original: nn.Module, compressed: nn.Module) -> float:
-        """The fraction of the original's time that the compressed network saves; negative where it is slower."""
-        timed = compare({"original": original, "compressed": compressed}, self.inputs, self.seconds, self.threads)
+        """The fraction of the original's time that the compressed network saves; negative where it is slower.
+
+        Raises `RunError` where the compressed network does not run.
+        """
+        try:
+            timed = compare({"original": original, "compressed": compressed}, self.inputs, self.seconds, self.threads)
+        except CompressError:
+            raise
+        except Exception as error:
+            raise RunError(f"The compressed network cannot be run ({cause(error)}); exclude the layers whose parts the module around them reads.") from error
         return 1 - 1 / timed["compressed"].speedup
 
     def meta(self, ratio: float, saved: float) -> dict[str, Any]:

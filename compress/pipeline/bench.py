@@ -59,7 +59,7 @@ def _timed(job: Job, base: Base, entries: list[dict[str, Any]], networks: dict[s
     settings = job.config.benchmark
     if not settings.enabled:
         return {name: {} for name in networks}
-    key = digest(STAGE, base.key, [entry["key"] for entry in entries], settings.model_dump(mode="json"), job.config.threads, str(job.dist.device))
+    key = digest(STAGE, base.key, [[entry["key"], entry.get("latency")] for entry in entries], settings.model_dump(mode="json"), job.config.threads, str(job.dist.device))
     stored = job.folder.result(STAGE, key)
     if stored is not None:
         return stored

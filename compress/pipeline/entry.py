@@ -49,7 +49,8 @@ def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> d
     config, name = job.config, entry_name(job.config, method, ratio, seed)
     settings = to_json(config)
     shared = {k: v for k, v in settings["prune"].items() if k not in ("methods", "method_options", "ratios", "seeds")}
-    key = digest("entry", base.key, shared, settings["prune"]["method_options"].get(method), settings["finetune"], method, ratio, seed)
+    clock = [settings["benchmark"]] if config.prune.budget == "latency" else []
+    key = digest("entry", base.key, shared, settings["prune"]["method_options"].get(method), settings["finetune"], method, ratio, seed, *clock)
     every = phases(config, method, ratio)
     done = share(job.dist, job.folder.result(name, key) if job.dist.is_main else None)
     if done is not None:
@@ -90,7 +91,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     model, plan, info = _read(job, cut)
     last = last or phase.ends(plan)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
-    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, {_saved(info)}accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
+    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, {saved_latency(info)}accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     if config.finetune.epochs:
         tuning = phase.tuning(config.finetune)
         epochs = fit(model, job.data, tuning, batch_size=tuning.batch_size or config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
@@ -107,7 +108,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     return model, plan, info, last
 
 
-def _saved(info: dict[str, Any]) -> str:
+def saved_latency(info: dict[str, Any]) -> str:
     """What a budget of latency came to, for the log."""
     found = info.get("latency")
     return f"{found['saved']:.1%} of the latency saved at batch {found['batch_size']}, " if found else ""
@@ -205,7 +206,7 @@ def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, met
         if phase.ends(plan):
             break
     row, changed = effect(prepared.model, model, prepared.example)
-    return row | {"widths": changed}, model
+    return row | {"widths": changed} | {key: plan.meta[key] for key in ("latency",) if key in plan.meta}, model
 
 
 def effect(before: nn.Module, after: nn.Module, example: torch.Tensor) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from compress.data import load_data
 from compress.errors import RunError, cause
 from compress.pipeline.bench import measure
 from compress.pipeline.checks import check, pick_device
-from compress.pipeline.entry import entry_name, entry_stage, plan_effect
+from compress.pipeline.entry import entry_name, entry_stage, plan_effect, saved_latency
 from compress.pipeline.folder import Mode, RunFolder
 from compress.pipeline.stages import Job, base_stage
 from compress.report import write_report, write_results
@@ -115,7 +116,10 @@ def dry_run(config: Config, log: Log | None = None) -> list[dict[str, Any]]:
 def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     prepared = check(config)
     needed = any(methods.needs_data(name, config.prune.allocation) for name in config.prune.methods)
-    data = load_data(config.data, seed=config.seed, device=torch.device("cpu")) if needed else None
+    # time is that of the device that the run will use; everything else is the same everywhere
+    device = pick_device(config.device) if config.prune.budget == "latency" else torch.device("cpu")
+    prepared = replace(prepared, model=prepared.model.to(device), example=prepared.example.to(device))
+    data = load_data(config.data, seed=config.seed, device=device) if needed else None
     source = config.model.weights or "initial weights: widths of the trained network will differ"
     log(f"dry run of {config.name} ({source})")
     rows = []
@@ -123,7 +127,7 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
         row, model = plan_effect(config, prepared, data, method, ratio, seed)
         rows.append(row)
         log(f"{entry_name(config, method, ratio, seed)}: {row['params']:,} parameters ({row['params_removed']:.1%} removed), "
-            f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)")
+            f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)" + (f", {saved_latency(row).rstrip(', ')}" if "latency" in row else ""))
         changes = [f"{name} {a}->{b}" for name, (a, b) in row["widths"].items() if a != b]
         changes += [f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in ranks(model).items()]
         if changes:

@@ -15,7 +15,7 @@ from statistics import fmean
 from .results import Row, timing
 
 DENSE = "dense"
-QUANTITIES = {"macs": "MACs", "params": "parameters"}
+QUANTITIES = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from compress.latency import Comparison, Latency
 from compress.undisturbed import arguments, undisturbed
@@ -20,15 +22,18 @@ def nanoseconds(model: nn.Module, inputs, depthwise: float = 1.0, call: float = 
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         dim = -1 if isinstance(module, nn.Linear) else 1
-        products = module.weight[0].numel() * output.numel()
-        if not isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _NormBase):
+            products = output.numel()
+        else:
+            transposed = getattr(module, "transposed", False)
+            products = module.weight[0].numel() * (args[0] if transposed else output).numel()
             out, into = output.shape[dim], args[0].shape[dim]
             products *= -(-out // block) * block / out
             if getattr(module, "groups", 1) == 1:
                 products *= -(-into // block) * block / into
         spent[0] += call + NANO_PER_MAC * products * (depthwise if getattr(module, "groups", 1) > 1 else 1.0)
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, (_ConvNd, nn.Linear, _NormBase))]
     try:
         with undisturbed(model), torch.no_grad():
             model(*arguments(inputs))

@@ -248,8 +248,8 @@ def test_measured_widths_fall_short_with_a_sentence(monkeypatch):
         compress(Residual().eval(), X, BATCHES, method="l1", budget={"latency": 0.9}, allocation="measured", recalibrate=False)
 
 
-@pytest.mark.parametrize(("widths", "expected"), [(range(16, 0, -1), [16, 14, 12, 10, 8, 6, 4, 2]), (range(64, 3, -1), [64, 56, 48, 40, 32, 24, 16, 8]), ((5, 4, 3, 2, 1), [5, 4, 3, 2, 1]),
-                                              ((64, 48, 32), [64, 48, 32]), (range(24, 1, -1), [24, 20, 16, 12, 8, 4]), ((1,), [1])])
+@pytest.mark.parametrize(("widths", "expected"), [(range(16, 0, -1), [16, 14, 12, 10, 8, 6, 4, 2, 1]), (range(64, 3, -1), [64, 56, 48, 40, 32, 24, 16, 8, 4]), ((5, 4, 3, 2, 1), [5, 4, 3, 2, 1]),
+                                              ((64, 48, 32), [64, 48, 32]), (range(24, 1, -1), [24, 20, 16, 12, 8, 4, 2]), ((1,), [1])])
 def test_a_group_may_keep_a_few_widths(widths, expected):
     assert ladder(tuple(widths)) == expected
 

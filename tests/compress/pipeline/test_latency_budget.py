@@ -37,7 +37,7 @@ def test_rounds_of_a_run_approach_the_ratio_of_the_time(tmp_path, monkeypatch, m
     assert any(f"{found:.1%} of the latency saved at batch 8" in line for line in lines)
     plan = json.loads((folder / f"{method}-latency0.3-s0" / "plan.json").read_text())
     assert plan["meta"]["latency"] == {"asked": 0.3, "saved": pytest.approx(found), "batch_size": 8}
-    assert "latency" in (folder / "report.html").read_text()
+    assert "At ratio 0.3 of the latency, " in (folder / "report.html").read_text()
 
 
 def test_a_dry_run_measures_and_plans_alike(tmp_path, monkeypatch):
