@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,27 @@ def main() -> None:
             print(rows[-1], flush=True)
     name = "widths_cpu"
     write_json(arguments.out / f"{name}.json", {"machine": device_name(torch.device("cpu")), "batch": arguments.batch, "threads": arguments.threads, "rows": rows})
-    curves = {f"{channels} channels, {size}x{size}": sorted((row["width"] / channels, row["relative_time"]) for row in rows if row["channels"] == channels) for channels, size in STAGES}
-    curves["MACs"] = [(0.0, 0.0), (1.0, 1.0)]
-    _timing.plot(arguments.out / f"{name}.png", f"residual block, batch {arguments.batch}, CPU: time / time at full width", curves)
+    draw(rows, arguments.out / f"{name}.png", f"Residual block, batch {arguments.batch}, {arguments.threads} CPU thread(s)")
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Relative time against relative width, a curve per stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for channels, size in STAGES:
+        points = sorted((row["width"], row["relative_time"]) for row in rows if row["channels"] == channels)
+        axes.plot([width / channels for width, _ in points], [spent for _, spent in points], marker="o", markersize=3, label=f"{channels} channels, {size}x{size}")
+    axes.plot([0, 1], [0, 1], linestyle="--", color="grey", label="MACs")
+    axes.set(title=title, xlabel="inner width / full width", ylabel="time / time at full width", xlim=(0, 1.02), ylim=(0, None))
+    axes.grid(True, linewidth=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
