@@ -110,7 +110,7 @@ class PruneConfig(Section):
 
     methods: list[str] = Field(["l1"], min_length=1, description="compression methods, each is run at each ratio")
     method_options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="options of single methods, by method name")
-    budget: Literal["params", "macs", "latency", "weights"] = Field("macs", description="quantity that the ratio is taken of")
+    budget: Literal["params", "macs", "latency", "weights"] = Field("macs", description="quantity that the ratio is taken of; latency: the time of a forward pass of latency_batch_size images, measured on the run's device")
     latency_batch_size: int = Field(1, ge=1, description="images per forward pass that a budget of latency is measured with")
     ratios: list[float] = Field([0.5], min_length=1, description="fractions REMOVED of the budgeted quantity, each in [0, 1)")
     allocation: Literal["uniform", "global", "measured"] = Field(
