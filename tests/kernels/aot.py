@@ -20,12 +20,13 @@ NO_EPILOGUE = {"HAS_SCALE": False, "HAS_BIAS": False, "HAS_RESIDUAL": False, "AC
 
 
 def run16(full: bool) -> Iterator[dict]:
-    from kernels.run16.triton import CONFIGS, run16_kernel
+    from kernels.run16.triton import CONFIGS, registers_for, run16_kernel
 
-    chosen = [(0, 0, 1, {"warps": 4, "splits": 2}), (0, 1, 1, {"warps": 4, "splits": 2}), (1, 0, 8, CONFIGS[0]), (2, 1, 4, CONFIGS[0])]
+    chosen = [(0, 0, 1, {"warps": 4, "splits": 2}), (0, 1, 1, {"warps": 4, "splits": 2}), (1, 0, 8, {"warps": 4, "splits": 2}), (2, 1, 4, CONFIGS[0])]
     every = itertools.product(range(3), range(2), (1, 2, 4, 8), CONFIGS)
     for (kind, coding, batch, config), capability in itertools.product(every if full else chosen, CAPABILITIES):
-        if not full and (kind or coding) and capability != 90:
+        # float16 with eight columns on sm_100 is where ptxas spills when it is left alone
+        if not full and (kind or coding) and capability != 90 and (kind, batch, capability) != (1, 8, 100):
             continue
         word = ("*fp32" if kind == 2 else "*i16") if batch == 1 else "*i64"
         of_type = "*" + TYPES[kind]
@@ -37,7 +38,8 @@ def run16(full: bool) -> Iterator[dict]:
         # Up to eight columns of x are one chunk, and Triton compiles a kernel of its own for an integer that is 1.
         sizes = ("rows", "columns", "batch", *(("chunks",) if batch == 8 else ()))
         constants |= {} if "chunks" in sizes else {"chunks": 1}
-        built = build(run16_kernel, pointers, dict.fromkeys(sizes, "i32"), constants, capability, config["warps"], loops=batch == 1)
+        built = build(run16_kernel, pointers, dict.fromkeys(sizes, "i32"), constants, capability, config["warps"], loops=batch == 1,
+                      maxnreg=registers_for(batch))
         body = max((len(loop) for loop in built.loops), default=0)
         facts = {"per_nonzero": body / 16 if batch == 1 else None, "coding": coding, "kind": TYPES[kind]}
         yield row("run16", f"{TYPES[kind]} coding {coding} N {batch} {config}", capability, built, config["warps"], **facts)
