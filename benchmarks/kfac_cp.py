@@ -8,7 +8,6 @@ R = o and 2 o. Also the seconds of one decomposition. FOLDER holds `<network>_ci
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -16,35 +15,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.one_shot import BATCH, MEAN, NETWORKS, STD
-from compress.config import DataConfig
+from benchmarks._published import BATCH, NETWORKS, RESULTS, bundle, parser, published
 from compress.curvature import collect
 from compress.curvature.quadratic import predicted_loss
-from compress.data import load_data
 from compress.decompose import cp, kfac_cp, recompose
 from compress.files import write_json
-from models import build, load_weights
-
-RESULTS = Path(__file__).parent / "results" / "kfac_cp.json"
 
 
 def main() -> None:
     """Decompose every layer and store the losses."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--network", default="resnet20", choices=NETWORKS)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    command = parser(__doc__.splitlines()[0])
+    command.add_argument("--network", default="resnet20", choices=NETWORKS)
+    command.add_argument("--images", type=int, default=512)
+    command.add_argument("--out", type=Path, default=RESULTS / "kfac_cp.json")
+    arguments = command.parse_args()
     torch.set_num_threads(arguments.threads)
-    data = load_data(DataConfig(name="cifar10", root=arguments.data, mean=MEAN, std=STD, val_fraction=0.0), seed=0, device=torch.device("cpu"))
-    model = build(arguments.network, 10)
-    load_weights(model, Path(arguments.weights) / f"{arguments.network}_cifar10.safetensors")
-    batches = data.calibration(arguments.images, BATCH, torch.Generator().manual_seed(0))
+    model = published(arguments.network, arguments.weights)
+    batches = bundle(arguments.data).calibration(arguments.images, BATCH, torch.Generator().manual_seed(0))
     rows = []
-    for name, entry in collect(model.eval(), batches, bias=False, generator=torch.Generator().manual_seed(0)).items():
+    for name, entry in collect(model, batches, bias=False, generator=torch.Generator().manual_seed(0)).items():
         weight = model.get_submodule(name).weight.detach()
         if weight.ndim != 4 or weight.shape[1] < 16:  # the stem has three channels
             continue

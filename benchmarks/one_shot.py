@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,23 +26,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compress.config import DataConfig
+from benchmarks._published import BATCH, IMAGES, NETWORKS, RESULTS, Rows, bundle, keep, known, parser, published
 from compress.cost import count
-from compress.data import load_data
 from compress.errors import CompressError
-from compress.files import write_json, write_text
 from compress.graph import trace
 from compress.methods import Context, method, names
 from compress.reconstruct import reconstruct
 from compress.train import evaluate, recalibrate
-from models import build, load_weights
 from models.layers import PadShortcut
 
-NETWORKS = ("resnet20", "resnet32", "resnet56")
 SPEEDUPS = (1.5, 2.11)
-IMAGES, BATCH = 2048, 128
 RECONSTRUCTION = 1024
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 STEPS = 400  # of the rival's iterative pruning: fine enough to stop near the target
 
 
@@ -161,24 +153,17 @@ class Rival:
         return result
 
 
-def known(arguments: argparse.Namespace, row: dict[str, Any]) -> bool:
-    """Whether the results file holds this row already."""
-    return any(all(old[key] == value for key, value in row.items()) for old in arguments.known)
-
-
-def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows(arguments: argparse.Namespace, held: Rows) -> Iterator[dict[str, Any]]:
     """One result per network, method and speed-up, yielded as it is measured."""
-    data = load_data(DataConfig(name="cifar10", root=arguments.data, mean=MEAN, std=STD, val_fraction=0.0), seed=0, device=arguments.device)
+    data = bundle(arguments.data, arguments.device)
     batches, augmented = (draw(IMAGES, BATCH, torch.Generator().manual_seed(0)) for draw in (data.calibration, data.recalibration))
     example = torch.zeros(1, 3, 32, 32, device=arguments.device)
     for network in arguments.networks:
-        model = build(network, 10)
-        load_weights(model, Path(arguments.weights) / f"{network}_cifar10.safetensors")
-        model = model.to(arguments.device).eval()
+        model = published(network, arguments.weights).to(arguments.device)
         base = count(model, example)
         for name, images in (("recalibrated", augmented), ("recalibrated without augmentation", batches)):
             row = {"network": network, "method": name, "target": 1.0}
-            if not known(arguments, row):
+            if not known(held, row):
                 same = copy.deepcopy(model)
                 recalibrate(same, images)
                 yield row | {"accuracy": evaluate(same, data.test, 500)["accuracy"]}
@@ -189,7 +174,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             fits = (", reconstructed",) if arguments.reconstruct and name not in ("dense", *RIVALS) else ("",)
             for speedup, way, fit in product(SPEEDUPS if name != "dense" else (1.0,), ways, fits):
                 row = {"network": network, "method": (name if way in ("global", "steps") else f"{name}, {way}") + fit, "target": speedup}
-                if known(arguments, row):
+                if known(held, row):
                     continue
                 torch.manual_seed(0)
                 started = time.perf_counter()
@@ -227,30 +212,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing in the results file and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--methods", nargs="+", default=None)
-    parser.add_argument("--rivals", action="store_true")
-    parser.add_argument("--allocations", nargs="+", default=None, choices=["global", "uniform", "measured"], help="default: all that a method has")
-    parser.add_argument("--reconstruct", action="store_true", help="layers fitted to the original's on 1,024 of the images before recalibration")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "one_shot.json")
-    arguments = parser.parse_args()
+    command = parser(__doc__.splitlines()[0], threads=None)
+    command.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    command.add_argument("--methods", nargs="+", default=None)
+    command.add_argument("--rivals", action="store_true")
+    command.add_argument("--allocations", nargs="+", default=None, choices=["global", "uniform", "measured"], help="default: all that a method has")
+    command.add_argument("--reconstruct", action="store_true", help="layers fitted to the original's on 1,024 of the images before recalibration")
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--out", type=Path, default=RESULTS / "one_shot.json")
+    arguments = command.parse_args()
     arguments.methods = channel_and_low_rank() if arguments.methods is None else arguments.methods
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    stored = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    arguments.known = stored["rows"]
-    machine = torch.cuda.get_device_name() if arguments.device != "cpu" else platform.processor() or platform.machine()
-    for row in rows(arguments):
-        stored["rows"].append(row)
-        stored |= {"machine": machine, "torch": torch.__version__, "calibration_images": IMAGES}
-        write_json(arguments.out, stored)
-        write_text(arguments.out.with_suffix(".md"), table(stored["rows"]))
-        print(" ".join(f"{key}={value:.4f}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()), flush=True)
+    keep(arguments.out, lambda held: rows(arguments, held), table, arguments.device)
 
 
 if __name__ == "__main__":
