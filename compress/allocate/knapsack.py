@@ -3,7 +3,7 @@
 Symbols: layer l has options j with loss D[l][j] and costs C[l][j][b]; minimise sum_l D[l][x_l] subject to sum_l C[l][x_l][b] <= limit[b].
 One budget: dynamic programming over what may be spent beyond the cheapest options, in units of the costs' common divisor where at most `UNITS` of them
 make up the limit (exact), else of 1/UNITS of it, costs rounded up: the choice is then the best one under a limit lower by less than a unit per layer.
-It takes layers x options x UNITS steps whatever the costs are; a 0/1 program may take minutes where many layers are alike.
+It takes layers x options x UNITS steps whatever the costs are.
 Several budgets: a 0/1 program, solved by HiGHS (scipy.optimize.milp).
 """
 

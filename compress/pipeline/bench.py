@@ -50,7 +50,8 @@ def _row(entry: dict[str, Any], cost: Cost, dense: Cost, base: Base, timed: dict
         "method": entry["method"], "budget": entry["budget"], "ratio": entry["ratio"], "params": cost.params, "params_removed": 1 - cost.params / dense.params,
         "macs": cost.macs, "macs_removed": 1 - cost.macs / dense.macs, "gflops": cost.flops / 1e9, "accuracy_base": base.result["accuracy"],
         "accuracy_oneshot": entry.get("accuracy_oneshot", entry["accuracy"]), "accuracy": entry["accuracy"], "latency_ms": timed.get("latency_ms"),
-        **({"latency_removed": entry["latency"]["saved"]} if entry.get("latency") else {}), "peak_memory_bytes": timed.get("peak_memory_bytes"), "activation_bytes": cost.activation_bytes, "seconds": entry["seconds"], "seed": entry["seed"],
+        **({"latency_removed": entry["latency"]["saved"]} if entry.get("latency") else {}),
+        "peak_memory_bytes": timed.get("peak_memory_bytes"), "activation_bytes": cost.activation_bytes, "seconds": entry["seconds"], "seed": entry["seed"],
     }
 
 

@@ -169,13 +169,15 @@ def context_for(
     original: tuple[int, int] | None = None, meta: dict[str, Any] | None = None, uncompressed: nn.Module | None = None) -> Context:
     """What `method` is given under this configuration."""
     prune = config.prune
-    images = torch.randn(prune.latency_batch_size, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
+    timing = None
+    if prune.budget == "latency":
+        images = torch.randn(prune.latency_batch_size, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
+        timing = Timing(images, config.benchmark.seconds, config.benchmark.threads)
     return Context(
         model=model, graph=graph, example=example, batches=batches, loss_fn=F.cross_entropy, generator=torch.Generator().manual_seed(seed),
         original=original, exclude=tuple(prune.exclude),
         allocation=prune.allocation, max_layer_ratio=prune.max_layer_ratio, round_to=prune.round_to, verify=prune.verify,
-        options=prune.method_options.get(method, {}), meta=meta or {}, uncompressed=uncompressed,
-        timing=Timing(images, config.benchmark.seconds, config.benchmark.threads))
+        options=prune.method_options.get(method, {}), meta=meta or {}, uncompressed=uncompressed, timing=timing)
 
 
 def _method_faults(config: Config) -> list[str]:

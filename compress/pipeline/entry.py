@@ -91,7 +91,7 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     model, plan, info = _read(job, cut)
     last = last or phase.ends(plan)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
-    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs, {saved_latency(info)}accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
+    job.log(f"{where}: {info['params']:,} parameters, {info['macs']:,} MACs{saved_latency(info)}, accuracy {info['accuracy_oneshot']:.4f} before fine-tuning")
     if config.finetune.epochs:
         tuning = phase.tuning(config.finetune)
         epochs = fit(model, job.data, tuning, batch_size=tuning.batch_size or config.data.batch_size, seed=entry.seed, teacher=base.model if tuning.distill else None,
@@ -109,9 +109,9 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
 
 
 def saved_latency(info: dict[str, Any]) -> str:
-    """What a budget of latency came to, for the log."""
+    """What a budget of latency came to, for the log; empty for other budgets."""
     found = info.get("latency")
-    return f"{found['saved']:.1%} of the latency saved at batch {found['batch_size']}, " if found else ""
+    return f", {found['saved']:.1%} of the latency saved at batch {found['batch_size']}" if found else ""
 
 
 @local()  # the other processes wait for the stored network and measure nothing
@@ -206,7 +206,7 @@ def plan_effect(config: Config, prepared: Prepared, data: DataBundle | None, met
         if phase.ends(plan):
             break
     row, changed = effect(prepared.model, model, prepared.example)
-    return row | {"widths": changed} | {key: plan.meta[key] for key in ("latency",) if key in plan.meta}, model
+    return row | {"widths": changed, "latency": plan.meta.get("latency")}, model
 
 
 def effect(before: nn.Module, after: nn.Module, example: torch.Tensor) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:

@@ -127,7 +127,7 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
         row, model = plan_effect(config, prepared, data, method, ratio, seed)
         rows.append(row)
         log(f"{entry_name(config, method, ratio, seed)}: {row['params']:,} parameters ({row['params_removed']:.1%} removed), "
-            f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)" + (f", {saved_latency(row).rstrip(', ')}" if "latency" in row else ""))
+            f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)" + saved_latency(row))
         changes = [f"{name} {a}->{b}" for name, (a, b) in row["widths"].items() if a != b]
         changes += [f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in ranks(model).items()]
         if changes:

@@ -16,7 +16,8 @@ from compress.methods.timed_widths import LayerTimes, narrowest
 from compress.methods.timing import ABOVE, BELOW, Timing, meet
 
 from .clock import Clock
-from .test_latency import BATCHES, X, Residual, measured, network, saved
+from .test_latency import BATCHES, X, network, saved
+from .test_timed_widths import Residual, measured
 
 
 class Own(nn.Conv2d):
