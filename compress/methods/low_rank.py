@@ -1,6 +1,6 @@
 """Low-rank methods: `svd`, `tucker`, `cp` in the Frobenius norm, `kfac_svd`, `kfac_tucker`, `kfac_cp` in the K-FAC norm.
 
-Every Linear and ungrouped Conv2d gets a menu of ranks; an exact knapsack over estimated ("global") or measured
+Every Linear and ungrouped Conv2d gets a menu of ranks; a knapsack over estimated ("global") or measured
 losses ("measured"), or equal shares ("uniform"), picks one option per layer.
 """
 
