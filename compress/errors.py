@@ -33,6 +33,10 @@ class RunError(CompressError, RuntimeError):
     """A run that started correctly and could not go on (non-finite loss, lost device, full disk). Exit code 3."""
 
 
+class Unreachable(RunError):
+    """One entry of a run that this device does not allow, found out by measuring; the other entries go on. Exit code 3 at the end."""
+
+
 class Terminated(CompressError):
     """SIGTERM was received; the state was saved and the same command continues. Exit code 143."""
 

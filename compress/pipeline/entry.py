@@ -26,7 +26,7 @@ from compress.config_file import to_json
 from compress.cost import count
 from compress.curvature import local
 from compress.data import DataBundle
-from compress.errors import RunError, UserError
+from compress.errors import Unreachable, UserError
 from compress.graph import trace
 from compress.network_file import NETWORK, PLAN, WEIGHTS, read, read_weights, save
 from compress.pipeline.checks import Prepared, context_for
@@ -45,7 +45,7 @@ def entry_name(config: Config, method: str, ratio: float, seed: int) -> str:
 
 
 def entry_stage(job: Job, base: Base, method: str, ratio: float, seed: int) -> dict[str, Any]:
-    """Compress, recalibrate, fine-tune and store one network; returns its measurements."""
+    """Compress, recalibrate, fine-tune and store one network; returns its measurements. `Unreachable`, on every process: a budget that is measured cannot be met here."""
     config, name = job.config, entry_name(job.config, method, ratio, seed)
     settings = to_json(config)
     shared = {k: v for k, v in settings["prune"].items() if k not in ("methods", "method_options", "ratios", "seeds")}
@@ -86,8 +86,15 @@ def _phase(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mode
     config, cut, trained = job.config, folder / "cut", folder / "trained"
     if share(job.dist, _is_whole(trained) if job.dist.is_main else None):
         return *_read(job, trained), False
+    refused = None
     if job.dist.is_main and not _is_whole(cut):
-        _change(job, base, entry, phase, cut, model, plan, info)
+        try:
+            _change(job, base, entry, phase, cut, model, plan, info)
+        except Unreachable as error:
+            refused = str(error)
+    refused = share(job.dist, refused)
+    if refused:
+        raise Unreachable(refused)
     model, plan, info = _read(job, cut)
     last = last or phase.ends(plan)
     where = entry.name if last and phase.name == "round1" else f"{entry.name}, {phase.name}"
@@ -131,7 +138,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     except UserError as error:
         if config.prune.budget != "latency":  # every other budget was checked before the run began
             raise
-        raise RunError(f"{entry.name}: {error} The entries before it are stored; take the ratio or the method out.") from error
+        raise Unreachable(f"{entry.name}: {error}") from error
     if config.prune.reconstruction_images:
         images = job.data.calibration(config.prune.reconstruction_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         reconstruct(result, base.model, plan.steps + done.steps, images, example, exclude=config.prune.exclude)

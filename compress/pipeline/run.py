@@ -23,7 +23,7 @@ from compress.api import ranks
 from compress.config import Config
 from compress.config_file import to_json
 from compress.data import load_data
-from compress.errors import RunError, cause
+from compress.errors import RunError, Unreachable, UserError, cause
 from compress.pipeline.bench import measure
 from compress.pipeline.checks import check, pick_device
 from compress.pipeline.entry import entry_name, entry_stage, plan_effect, saved_latency
@@ -48,7 +48,7 @@ def run(config: Config, output_dir: Path, mode: Mode = "auto", log: Log | None =
 
     Raises
     ------
-    UserError, RunError, Terminated
+    UserError, RunError, Terminated. Unreachable: entries whose budget of measured time this device does not allow, after the others are made and reported.
     """
     with _memory_errors(), connect(pick_device(config.device)) as dist, _torch_settings(config):
         return _run(config, output_dir, mode, log or (print_line if dist.is_main else _silent), dist)
@@ -83,21 +83,34 @@ def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> 
     with folder.open(mode) if dist.is_main else contextlib.nullcontext():
         log(f"{config.name}: {data.name}, {len(data.train)} training, {len(data.val)} validation and {len(data.test)} test images, {dist.device}")
         base = base_stage(job)
-        entries = [entry_stage(job, base, method, ratio, seed) for seed, method, ratio in _entries(config)]
-        if not dist.is_main:
+        entries, refused = [], []
+        for seed, method, ratio in _entries(config):
+            try:
+                entries.append(entry_stage(job, base, method, ratio, seed))
+            except Unreachable as error:
+                refused.append(str(error))
+                log(refused[-1])
+        if not dist.is_main:  # and without an error: torchrun would end the first process, which still measures and reports
             return folder.path
         rows, details = measure(job, base, entries)
         meta = {
             "toolkit": __version__, "config": to_json(config), "machine": _machine(dist.device), "data": {
                 "train": len(data.train), "val": len(data.val), "test": len(data.test), "classes": data.num_classes, "shape": list(data.input_shape)},
-            "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)), "seconds": round(time.time() - started, 1), "details": details,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)), "seconds": round(time.time() - started, 1), "unreachable": refused, "details": details,
         }
         results = write_results(folder.path, rows, meta)
         page = write_report(folder.path, results)
         for row in rows:
             log(summary(row))
         log(f"report: {page}")
+        _end(refused)
     return folder.path
+
+
+def _end(refused: list[str]) -> None:
+    """Raise `Unreachable` where entries could not be made."""
+    if refused:
+        raise Unreachable("\n".join(refused))
 
 
 def _entries(config: Config) -> list[tuple[int, str, float]]:
@@ -122,9 +135,16 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     data = load_data(config.data, seed=config.seed, device=device) if needed else None
     source = config.model.weights or "initial weights: widths of the trained network will differ"
     log(f"dry run of {config.name} ({source})")
-    rows = []
+    rows, refused = [], []
     for seed, method, ratio in _entries(config):
-        row, model = plan_effect(config, prepared, data, method, ratio, seed)
+        try:
+            row, model = plan_effect(config, prepared, data, method, ratio, seed)
+        except UserError as error:
+            if config.prune.budget != "latency":
+                raise
+            refused.append(f"{entry_name(config, method, ratio, seed)}: {error}")
+            log(refused[-1])
+            continue
         rows.append(row)
         log(f"{entry_name(config, method, ratio, seed)}: {row['params']:,} parameters ({row['params_removed']:.1%} removed), "
             f"{row['macs']:,} MACs ({row['macs_removed']:.1%} removed)" + saved_latency(row))
@@ -132,6 +152,7 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
         changes += [f"{name} {'x'.join(map(str, full))}->{'x'.join(map(str, kept))}" for name, (full, kept) in ranks(model).items()]
         if changes:
             log("  " + ", ".join(changes))
+    _end(refused)
     return rows
 
 

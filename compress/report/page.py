@@ -3,8 +3,8 @@
 `results["meta"]["details"]` maps an entry's name (`<method>-<budget><ratio>-s<seed>`, or `dense`) to any of: `widths` and `ranks`
 {layer: [before, after]} (a rank may be a list of several), `mask` (see `compress.report.masks`), `history` (a list of epochs: epoch, lr,
 train_loss, train_accuracy, val_loss, val_accuracy, seconds), `pinned` {parameter: reason}, `coverage` (rows of layer, status, reason), `verified` {check: value}.
-Of the other keys of `meta`, `config` is the resolved configuration and `data` {split: images}; they and all the rest are listed as the
-environment.
+Of the other keys of `meta`, `config` is the resolved configuration, `data` {split: images} and `unreachable` a list of sentences on entries that could
+not be made (warnings of the summary); all the rest is listed as the environment.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _flat(meta: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values, nested names joined with dots; without what the page shows elsewhere."""
     result = []
     for key, value in meta.items():
-        if not prefix and key in ("config", "details"):
+        if not prefix and key in ("config", "details", "unreachable"):
             continue
         if isinstance(value, Mapping):
             result += _flat(value, f"{prefix}{key}.")

@@ -32,7 +32,7 @@ def sentences(rows: Sequence[Row], meta: Mapping[str, Any]) -> list[Sentence]:
     if not pruned:
         result.append(Sentence("No compressed network has been measured yet.", warning=True))
     return result + [
-        Sentence(text, warning=True) for text in (*_slower(rows, pruned), *_missed(pruned), *_unmeasured(rows), *_noise(rows, meta)) if text
+        Sentence(text, warning=True) for text in (*(meta.get("unreachable") or ()), *_slower(rows, pruned), *_missed(pruned), *_unmeasured(rows), *_noise(rows, meta)) if text
     ]
 
 

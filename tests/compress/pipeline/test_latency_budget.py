@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from compress import load
-from compress.errors import RunError
+from compress.errors import Unreachable
 from compress.methods.timing import ABOVE, BELOW
 from compress.pipeline.run import dry_run, run
+from compress.report.results import read_results
 from models import build
 
 from ..methods.clock import Clock, nanoseconds
@@ -50,7 +51,24 @@ def test_a_dry_run_measures_and_plans_alike(tmp_path, monkeypatch):
     assert (planned["params"], planned["macs"]) == pytest.approx((row["params"], row["macs"]), rel=0.2)  # svd of initial weights there, of trained ones here
 
 
-def test_a_ratio_out_of_reach_ends_the_run_and_says_so(tmp_path, monkeypatch):
+def test_a_ratio_out_of_reach_is_reported_while_the_other_entries_go_on(tmp_path, monkeypatch):
+    Clock(call=1e5).install(monkeypatch)
+    chosen, lines = config("l1", 0.6, {}, "prune.budget=latency", "prune.latency_batch_size=8", "prune.ratios=[0.95,0.2]", "prune.methods=[\"l1\",\"l2\"]"), []
+    sentence = "l1-latency0.95-s0: A budget that removes 0.95 of the latency cannot be reached"
+    with pytest.raises(Unreachable, match=f"{sentence}.*\nl2-latency0.95-s0: A budget"):
+        run(chosen, tmp_path, log=lines.append)
+    results = read_results(tmp_path / chosen.name)
+    assert [(row["method"], row["ratio"]) for row in results["rows"]] == [("dense", 0.0), ("l1", 0.2), ("l2", 0.2)]
+    assert len(results["meta"]["unreachable"]) == 2 and any(sentence in line for line in lines)
+    assert sentence in (tmp_path / chosen.name / "report.html").read_text()
+    with pytest.raises(Unreachable, match=sentence):  # a dry run goes on in the same way
+        dry_run(chosen, log=lines.append)
+    assert lines[-1].startswith("  ")
+
+
+def test_a_run_of_which_nothing_can_be_reached_reports_the_network_itself(tmp_path, monkeypatch):
     Clock(call=1e7).install(monkeypatch)
-    with pytest.raises(RunError, match="l1-latency0.6-s0: A budget that removes 0.6 of the latency cannot be reached.*take the ratio or the method out"):
-        run(config("l1", 0.6, {}, "prune.budget=latency"), tmp_path, log=lambda line: None)
+    chosen = config("l1", 0.6, {}, "prune.budget=latency")
+    with pytest.raises(Unreachable, match="l1-latency0.6-s0"):
+        run(chosen, tmp_path, log=lambda line: None)
+    assert [row["method"] for row in read_results(tmp_path / chosen.name)["rows"]] == ["dense"]
