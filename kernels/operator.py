@@ -53,10 +53,33 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def interpreter_fault() -> str | None:
+    """Why the interpreter of the installed Triton cannot run kernels, or None. Triton before 3.7 makes integers of one-element arrays, which NumPy 2.4 ended."""
+    import numpy
+    import triton
+
+    def release(module) -> tuple[int, ...]:
+        return tuple(map(int, module.__version__.split(".")[:2]))
+
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        return (f"The interpreter of Triton {triton.__version__} cannot run under NumPy {numpy.__version__}: install triton>=3.7 or numpy<2.4, "
+                "or unset TRITON_INTERPRET.")
+    return None
+
+
 def runs_triton(x: Tensor) -> bool:
-    """Whether a Triton kernel can run on `x`: Triton is there, and x on an NVIDIA GPU, or on the CPU under the interpreter."""
-    fits = torch.version.hip is None if x.is_cuda else interpreted() and x.device.type == "cpu"
-    return fits and has_triton()
+    """Whether a Triton kernel can run on `x`: Triton is there, and x on an NVIDIA GPU, or on the CPU under the interpreter.
+
+    RuntimeError: TRITON_INTERPRET is set and the interpreter does not work with the installed NumPy.
+    """
+    if x.is_cuda:
+        return torch.version.hip is None and has_triton()
+    if x.device.type != "cpu" or not interpreted() or not has_triton():
+        return False
+    if interpreter_fault():
+        raise RuntimeError(interpreter_fault())
+    return True
 
 
 def plain(*tensors: Tensor | None) -> list[Tensor | None]:

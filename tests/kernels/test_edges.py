@@ -1,11 +1,13 @@
 """Oracle: `nn.Conv2d` on empty and unbatched images, and float32 arithmetic where float16 would overflow in between."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernels import SparseConv2d, SparseLinear, epilogue
+from kernels import SparseConv2d, SparseLinear, epilogue, operator
 
 from .guarded import _surround
 from .test_modules import CONV, LINEAR, conv
@@ -16,6 +18,7 @@ from .test_modules import CONV, LINEAR, conv
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_empty_convolutions(name, inputs, outputs, batch):
     dense = nn.Conv2d(inputs, outputs, 3, padding=1)
+    nn.init.normal_(dense.bias)  # without inputs torch leaves it as the memory was
     sparse = SparseConv2d.from_dense(dense, format=name)
     x = torch.randn(batch, inputs, 5, 6, requires_grad=True)
     y = sparse(x)
@@ -70,3 +73,17 @@ def test_the_guard_bands_are_not_a_number_in_any_reading(dtype, word):
         return
     _, whole, _ = _surround(torch.zeros(4, dtype=word), poison=True)
     assert whole.view(dtype).isnan().all()
+
+
+@pytest.mark.parametrize("triton_version, numpy_version, works", [("3.6.0", "2.4.1", False), ("3.6.0", "2.3.9", True), ("3.7.1", "2.4.1", True), ("3.10.0", "2.5.0", True)])
+def test_an_interpreter_that_cannot_run_is_refused_in_a_sentence(triton_version, numpy_version, works, monkeypatch):
+    triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    operator.interpreter_fault.cache_clear()
+    try:
+        with contextlib.nullcontext() if works else pytest.raises(RuntimeError, match=r"Triton 3.6.0 cannot run under NumPy 2.4.1: install triton>=3.7 or numpy<2.4"):
+            assert operator.runs_triton(torch.ones(1))
+    finally:
+        operator.interpreter_fault.cache_clear()

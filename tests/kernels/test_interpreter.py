@@ -8,11 +8,14 @@ from collections import Counter
 
 import pytest
 
+from kernels.operator import interpreter_fault
+
 from .subprocesses import json_lines
 
 KERNELS = ("run16", "vector_block", "sparse_conv", "two_four", "compact")
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(interpreter_fault() is not None, reason=interpreter_fault() or "")
 
 
 def check(lines: list[dict], count: int, kernels: tuple[str, ...]) -> None:
