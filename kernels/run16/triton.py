@@ -86,30 +86,32 @@ def run16_kernel(x, values, start, gaps, perm, slice_ptr, y, scale, bias, residu
     low = tl.minimum(split * share, last - first)
     high = tl.minimum(low + share, last - first)
     lane = thread % 32
-    run = first.to(tl.int64) + low + warp
-    start += run * 32 + lane
-    gaps += run * (32 * (1 + CODING)) + lane
-    values += run * (32 * PLANES) + lane
+    runs = high - low
+    base = first.to(tl.int64) + low
+    start += base * 32 + lane
+    gaps += base * (32 * (1 + CODING)) + lane
+    values += base * (32 * PLANES) + lane
     x += chunk.to(tl.int64) * columns * (1 if NP == 1 else WORDS)
 
-    left = high - low - warp
     zero = tl.zeros([32 * WARPS], tl.float32)
     acc = (zero,) if NP == 1 else ((zero, zero) if NP == 2 else ((zero,) * 4 if NP == 4 else (zero,) * 8))
-    # Fewest instructions per non-zero (ptxas of Triton 3.6 and 3.8): one pointer less to advance, and no eviction policy for the gaps, whose descriptor
-    # would be built anew for every load. More than 65535 columns may need 64 bits for the offset.
-    for c in range(0, high - low, WARPS):
-        inside = c < left
-        offset = 0 if WIDE else c * (32 * PLANES)
-        column = tl.load(start, mask=inside, other=0).to(tl.int32)
+    # A warp behind the last run reads that run again and drops the sums: masked loads take two instructions more each (a register set to zero, an
+    # eviction policy of their own), about one per entry.
+    for c in range(0, runs, WARPS):
+        at = tl.minimum(c + warp, runs - 1)
+        if WIDE:
+            at = at.to(tl.int64)
+        before = acc
+        column = tl.load(start + at * 32).to(tl.int32)
         if not WIDE:
             column = column & 0xFFFF
         origin = column
-        word = tl.load(gaps, mask=inside, other=0)
+        word = tl.load(gaps + at * (32 * (1 + CODING)), eviction_policy="evict_first")
         second = word
         if CODING == 1:
-            second = tl.load(gaps + 32, mask=inside, other=0)
+            second = tl.load(gaps + at * 64 + 32, eviction_policy="evict_first")
         for p in tl.static_range(PLANES):
-            stored = tl.load(values + offset + 32 * p, mask=inside, other=0, eviction_policy="evict_first")
+            stored = tl.load(values + at * (32 * PLANES) + 32 * p, eviction_policy="evict_first")
             for j in tl.static_range(PER):
                 column = _step(column, origin, word, second, p * PER + j, CODING)
                 weight = _word(stored, j, KIND)
@@ -120,10 +122,8 @@ def run16_kernel(x, values, start, gaps, perm, slice_ptr, y, scale, bias, residu
                         bits = tl.load(x + column * WORDS + q)
                         for n in tl.static_range(min(NP, BIG)):
                             acc = acc[:q * BIG + n] + (tl.fma(weight, _word(bits, n, KIND), acc[q * BIG + n]),) + acc[q * BIG + n + 1:]
-        start += 32 * WARPS
-        gaps += 32 * (1 + CODING) * WARPS
-        if WIDE:
-            values += 32 * PLANES * WARPS
+        for n in tl.static_range(NP):
+            acc = acc[:n] + (tl.where(c + warp < runs, acc[n], before[n]),) + acc[n + 1:]
 
     here = tl.arange(0, 32)
     place = slice_id * 32 + here
