@@ -80,9 +80,12 @@ def check_moments(A: Tensor, G: Tensor, weight: Tensor) -> None:
 
 
 def check_second(second: Any, weight: Tensor) -> None:
-    """UserError unless the EKFAC second moments are None, [o, c], [o, c, kk] or [o, c kk]."""
-    o, c, columns = weight.shape[0], weight.shape[1], weight[0].numel()
-    shapes = dict.fromkeys([(o, c), (o, c, columns // c), (o, columns)])
+    """UserError unless the EKFAC second moments are None, [o, c] (of every offset) or [o, c, kk]: in the basis of the channels.
+
+    Moments of full patches, [o, c kk], belong to another basis.
+    """
+    o, c, size = weight.shape[0], weight.shape[1], weight[0, 0].numel()
+    shapes = [(o, c), (o, c, size)]
     if second is not None and (not isinstance(second, Tensor) or tuple(second.shape) not in shapes):
         raise UserError(f"EKFAC second moments {_shape(second)} do not belong to a weight of shape {tuple(weight.shape)}; "
                         f"expected {' or '.join(map(str, shapes))}.")

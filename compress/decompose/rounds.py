@@ -37,7 +37,7 @@ from compress.curvature.linalg import Spectrum
 from compress.decompose.eigen import bases, depthwise, importance, keep_coordinates, merge_outer
 from compress.decompose.factors import Factors, orthonormalise
 from compress.decompose.modules import Calls, build_block, factors_cost, layer_cost, replace_module
-from compress.decompose.selection import Sides, keep, normalized, pool, threshold
+from compress.decompose.selection import Sides, keep, normalized, pool, ranked, threshold
 from compress.decompose.targets import BLOCKS, observe, targets
 from compress.errors import UserError
 
@@ -62,6 +62,7 @@ class EigenDamageOptions(Section):
         None, ge=1, description="prune and fine-tune rounds of a run (published: 7 with pool_fraction 0.5 and cap 0.5); null: prune.rounds"
     )
     normalize: bool = Field(False, description="divide each layer's row scores and column scores by their sums")
+    uniform: bool = Field(False, description="remove the same fraction of every layer's rows and columns, as prune.allocation \"uniform\" does; then `normalize` says nothing")
     fix_rotation: bool = Field(False, description="keep the outer factors fixed during fine-tuning")
     fisher: Literal["true", "exact", "empirical"] = Field(
         "true",
@@ -213,7 +214,9 @@ def rejected(scored: dict[str, Scored], kept: dict[str, Sides], changed: Collect
 def select(scored: dict[str, Scored], options: EigenDamageOptions, pool_fraction: float | None = None) -> dict[str, Sides]:
     """Kept indices of every layer at a pool fraction (the options' own if None)."""
     sides = {name: Sides(entry.sides.rows.cpu(), entry.sides.columns.cpu()) for name, entry in scored.items()}
-    if options.normalize:
+    if options.uniform:
+        sides = ranked(sides)
+    elif options.normalize:
         sides = normalized(sides)
     return keep(sides, threshold(pool(sides), options.pool_fraction if pool_fraction is None else pool_fraction), options.cap)
 

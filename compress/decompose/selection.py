@@ -27,6 +27,21 @@ def normalized(scores: dict[str, Sides]) -> dict[str, Sides]:
     return {name: Sides(*(side / side.sum() if side.sum() > 0 else side for side in sides)) for name, sides in scores.items()}
 
 
+def ranked(scores: dict[str, Sides]) -> dict[str, Sides]:
+    """Each entry's place in its own side, as a fraction of the side: one threshold over these removes the same fraction of every side.
+
+    Each side is shifted by less than one place, so that sides of the same size never tie and a threshold removes one entry of theirs after another.
+    """
+    sides = [side for pair in scores.values() for side in pair]
+    places = []
+    for number, side in enumerate(sides):
+        place = torch.empty(side.numel(), dtype=torch.float64)
+        place[side.argsort(stable=True).cpu()] = torch.arange(side.numel(), dtype=torch.float64)
+        places.append((place + (number + 0.5) / len(sides)) / max(1, side.numel()))
+    pairs = iter(places)
+    return {name: Sides(next(pairs), next(pairs)) for name in scores}
+
+
 def pool(scores: dict[str, Sides]) -> Tensor:
     """All scores, ascending."""
     return torch.cat([side.flatten() for sides in scores.values() for side in sides]).sort().values

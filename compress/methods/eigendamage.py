@@ -1,5 +1,6 @@
 """EigenDamage and its relatives as methods: one threshold over the rows and columns of all layers in their Kronecker-factored eigenbasis.
 
+With the allocation "uniform" every row and column counts by its place in its own layer, so that all layers lose the same fraction.
 Under a budget the threshold is bisected on the counts of the blocks that it leads to (`compress.decompose.budget`). With `pool_fraction` set a
 round removes that share of the pool, as published, until the budget is met; rounds that end before say so in the plan's meta
 (`"missing": {"params": n}`) and in the log, and the network is what they reached.
@@ -45,6 +46,11 @@ class EigenDamageMethod:
         """The options with what the method's name fixes."""
         return parse_options(self.name, self.Options, self.fixed | options)
 
+    def chosen(self, context: Context) -> Any:
+        """The options of a context, its allocation included."""
+        options = self.options(context.options)
+        return options.model_copy(update={"uniform": True}) if context.allocation == "uniform" else options
+
     def rounds(self, options: dict[str, Any]) -> int | None:
         """The rounds that the method's own options ask for; None where they leave it to `prune.rounds`."""
         return self.options(options).rounds
@@ -60,7 +66,7 @@ class EigenDamageMethod:
 
     def check_rounds(self, context: Context, quantity: str, ratios: list[float]) -> None:
         """Raise `UserError` where the rounds cannot reach `ratios`, one after the other, under the cap, whatever the statistics are."""
-        options, index = self.options(context.options), QUANTITIES.index(quantity)
+        options, index = self.chosen(context), QUANTITIES.index(quantity)
         if options.stepwise:
             return
         total, calls = context.graph.count()[index], layer_inputs(context)
@@ -72,11 +78,11 @@ class EigenDamageMethod:
 
     def prepare(self, context: Context) -> Any:
         """Statistics and importances of every layer."""
-        return scores(context.model, context.batches, self.options(context.options), context.generator, context.exclude, context.example)
+        return scores(context.model, context.batches, self.chosen(context), context.generator, context.exclude, context.example)
 
     def apply(self, model: nn.Module, context: Context, state: Any, budget: dict[str, float]) -> Plan:
         """One round on `model`, in place."""
-        options, before = self.options(context.options), blocks(model)
+        options, before = self.chosen(context), blocks(model)
         skipped = left_alone(model, options.skip_last, context.exclude, observe(model, context.example))
         choice = round_choice(state, options, needed(context, budget))
         skipped |= rejected(state, choice.kept, apply_round(model, state, choice.kept, options, split=choice.split))
@@ -91,7 +97,7 @@ class ImprovedMethod(EigenDamageMethod):
     def check_rounds(self, context: Context, quantity: str, ratios: list[float]) -> None:
         """As for EigenDamage; a decomposition that cannot grow is refused where there is growth between rounds."""
         if len(ratios) > 1:
-            check_growth(self.options(context.options))
+            check_growth(self.chosen(context))
         super().check_rounds(context, quantity, ratios)
 
     def growth(self, options: dict[str, Any]) -> tuple[float, list[float] | None] | None:
@@ -104,7 +110,7 @@ class ImprovedMethod(EigenDamageMethod):
 
     def apply(self, model: nn.Module, context: Context, state: None, budget: dict[str, float]) -> Plan:
         """The cut of one cycle, in place; what growth will draw from is kept in the plan."""
-        options, cycle, before = self.options(context.options), _cycle(context), blocks(model)
+        options, cycle, before = self.chosen(context), _cycle(context), blocks(model)
         skipped = left_alone(model, options.skip_last, context.exclude, observe(model, context.example))
         # A copy of the generator, so that one ratio does not depend on the ratios before it.
         cut(model, context.batches, options, cycle, context.generator.clone_state(), context.exclude, needed(context, budget), context.example)
@@ -114,7 +120,7 @@ class ImprovedMethod(EigenDamageMethod):
     def regrow(self, model: nn.Module, context: Context) -> Plan:
         """The growth of one cycle, in place, from what its cut left in `context.meta`."""
         before = blocks(model)
-        grow(model, self.options(context.options), _cycle(context), context.generator)
+        grow(model, self.chosen(context), _cycle(context), context.generator)
         return Plan([factorize_step(before, model)], {"grow": context.meta["grow"]})
 
 

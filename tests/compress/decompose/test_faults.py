@@ -62,6 +62,8 @@ def test_moments_belong_to_the_weight(method, A, G, words):
 @pytest.mark.parametrize("call, words", [
     (lambda: eigendamage(W, eye(6), eye(8), (4, 3), second=ones(8, 5)), "(8, 5)"),
     (lambda: eigendamage(W, eye(6), eye(8), (4, 3), second=3), "int"),
+    # moments of full patches: of the right number, in the basis of the patches
+    (lambda: eigendamage(W, eye(6), eye(8), (4, 3), second=ones(8, 54)), "(8, 54)"),
     (lambda: kfac_svd(W, eye(6), eye(8), 2, damping=-1.0), "-1.0"),
     (lambda: kfac_tucker2(W, eye(6), eye(8), (2, 2), damping=float("nan")), "nan"),
     (lambda: kfac_tucker2(W, eye(6), eye(8), (2, 2), sweeps=0), "0"),

@@ -20,7 +20,7 @@ from compress.decompose.rounds import (
     scores,
     select,
 )
-from compress.decompose.selection import Sides, keep, normalized, pool, threshold
+from compress.decompose.selection import Sides, keep, normalized, pool, ranked, threshold
 from compress.decompose.targets import targets
 from compress.errors import RunError, UserError
 from tests.compress.decompose.nets import batches, network
@@ -223,3 +223,19 @@ def test_under_a_budget_the_cheapest_layers_are_split_and_no_more_than_it_needs(
     forms = {name: getattr(net.get_submodule(name), "depthwise", False) for name in changed}
     assert forms[order[0]] and {name for name, form in forms.items() if form} <= chosen
     assert torch.isfinite(net(X)).all()
+
+
+def test_places_cut_every_side_alike_in_the_order_of_its_own_scores():
+    generator = torch.Generator().manual_seed(0)
+    scores = {f"{n}": Sides(torch.rand(n, generator=generator) * 10**n, torch.rand(2 * n + 1, generator=generator)) for n in range(1, 9)}
+    places = ranked(scores)
+    values = pool(places)
+    alike = pool(ranked({name: Sides(torch.rand(7, generator=generator), torch.rand(7, generator=generator)) for name in "abcde"}))
+    assert len(alike.unique()) == len(alike) == 70
+    for removed in range(len(values)):
+        limit = threshold(values, removed / len(values))
+        kept = keep(places, limit, 1.0)
+        for name, sides in kept.items():
+            for score, index in zip(scores[name], sides, strict=True):
+                assert sorted(index.tolist()) == sorted(score.argsort()[-len(index):].tolist())
+                assert abs((1 - len(index) / len(score)) - max(limit, 0)) <= 1 / len(score) + 1e-9

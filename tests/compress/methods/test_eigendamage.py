@@ -141,3 +141,17 @@ def test_a_budget_is_met_where_layers_may_grow(ratio):
     _, _, report = cut("improved_eigendamage", ratio, allow_increase=True)
     assert report.params_removed >= ratio - 1 / report.before.params
     assert cut("improved_eigendamage", 0.0, allow_increase=True)[2].ranks == {}
+
+
+@pytest.mark.parametrize("name", ["eigendamage", "improved_eigendamage"])
+def test_the_uniform_allocation_removes_the_same_fraction_of_every_layer(name):
+    arguments = {"method": name, "budget": {"params": 0.45}, "recalibrate": False, "options": {"fisher": "exact"}}
+    shares = {}
+    for allocation in ("global", "uniform"):
+        net = network()
+        _, _, report = compress(net, X[:1], [(X, Y)], allocation=allocation, **arguments)
+        sizes = {layer: net.get_submodule(layer).weight.shape[:2] for layer in report.ranks}
+        shares[allocation] = [1 - rank / size for layer, (_, ranks) in report.ranks.items() for rank, size in zip(ranks, sizes[layer], strict=True)]
+        assert 0.45 <= report.params_removed < 0.55
+    # a side of n entries can only lose multiples of 1 / n; the smallest one has three
+    assert max(shares["uniform"]) - min(shares["uniform"]) <= 1 / 3 < max(shares["global"]) - min(shares["global"])

@@ -7,6 +7,7 @@ import pytest
 from compress.config_file import load_config
 from compress.decompose.improved import ImprovedOptions
 from compress.methods import METHODS
+from compress.pipeline.checks import check
 from compress.pipeline.phases import phases
 from compress.train.optim import learning_rate
 
@@ -30,6 +31,12 @@ def rates(name, phase, epochs):
     chosen = config(name)
     tuning = phases(chosen, chosen.prune.methods[0], chosen.prune.ratios[-1])[phase].tuning(chosen.finetune)
     return pytest.approx([learning_rate(tuning, epoch * 10, tuning.epochs * 10, 10) for epoch in epochs])
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "shared"])
+def test_every_ratio_can_be_reached(name):
+    chosen = config(name)
+    assert check(chosen).graph.count()[0] == 7_451_044 and max(chosen.prune.ratios) >= 0.9
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
