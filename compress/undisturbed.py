@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     `.grad` is not protected: use `torch.autograd.grad` inside. Buffers get back both their values and their identity.
     """
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer, None if buffer is None else buffer.detach().clone())
-               for module in model.modules() for name, buffer in module._buffers.items()]
+    restore = keep_buffers(model)
     needs_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
@@ -30,11 +29,30 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for parameter, value in needs_grad:
             if parameter.requires_grad != value:
                 parameter.requires_grad_(value)
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                if buffer is not None and not _same(buffer, value):
-                    buffer.copy_(value)
+        restore()
+
+
+@torch.no_grad()
+def keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """What gives the buffers of `model` back their identity, shape and values of now.
+
+    Only what changed is written: a buffer may be a view that cannot be written to (`expand`).
+    """
+    kept = [(module, {name: (buffer, None if buffer is None else (buffer.detach(), buffer.detach().clone())) for name, buffer in module._buffers.items()})
+            for module in model.modules()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for module, buffers in kept:
+            for name, (buffer, held) in buffers.items():
+                if held is not None and not _same(buffer, held[1]):
+                    if buffer.shape != held[1].shape:
+                        buffer.data = held[0].data
+                    if not _same(buffer, held[1]):
+                        buffer.copy_(held[1])
                 module._buffers[name] = buffer
+
+    return restore
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.arguments import unusable
 from compress.errors import UserError
+from compress.undisturbed import keep_buffers
 
 InputHook = Callable[[str, Tensor], None]
 OutputHook = Callable[[str, Tensor], Callable[[Tensor], None] | None]
@@ -30,12 +31,7 @@ def preserved(model: nn.Module, training: bool = False) -> Iterator[None]:
         raise UserError(reason)
     flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    restore = keep_buffers(model)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
@@ -53,10 +49,7 @@ def preserved(model: nn.Module, training: bool = False) -> Iterator[None]:
                 module.training = flag
             for parameter, flag in gradients:
                 parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer
-                    buffer.copy_(value)
+            restore()
 
 
 class Tape:

@@ -42,6 +42,8 @@ def find_layers(model: nn.Module, layers: Iterable[str] | None = None) -> dict[s
 def unpack(batch: Any) -> tuple[tuple, Tensor | None, int]:
     """(positional arguments, labels, images) of a batch: a tensor, (inputs,), or (inputs, labels) with a tensor or tuple of inputs."""
     batch = differentiable(batch)
+    if not isinstance(batch, (Tensor, tuple, list)):
+        raise UserError(f"A calibration batch is a {type(batch).__name__}; expected a tensor of inputs, or (inputs, labels) with a tensor or a tuple of inputs.")
     inputs, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     # gradients that inputs ask for are not wanted here

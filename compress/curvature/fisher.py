@@ -56,6 +56,8 @@ def _from_labels(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
     # p - 1 of a confident network is lost where p itself is rounded to a half type
     precise = logits.double()
     if loss == "mse":
+        if labels.shape != logits.shape:
+            raise UserError(f"Targets of shape {tuple(labels.shape)} do not fit outputs of shape {tuple(logits.shape)}; the loss 'mse' needs one target per output.")
         return (precise - labels.to(precise)).to(logits)
     labels = labels.to(logits.device)
     if labels.shape != logits.shape[:1] + logits.shape[2:] or labels.is_floating_point():
