@@ -7,7 +7,7 @@ that the networks were trained with (crops of 32 out of 40, flips): without it t
 run with all allocations: one threshold over all layers, the same fraction of each, and by measured losses; low rank by estimated and by
 measured losses. With --reconstruct the layers are fitted to the original's (`compress.reconstruct`). With --rivals
 Torch-Pruning 1.6.1's criteria (global ranking) are run on the same network, images, recalibration and MAC counter, in small steps and in one. Its Hessian
-criterion is run as released, which keeps the squares of the last image's gradient only. Results are kept row by row, so that an interrupted
+criterion is run as released, which keeps the squares of the last image's gradient only, and (`tp_hessian_mean`) with their mean over all images. Results are kept row by row, so that an interrupted
 benchmark continues; a table is written beside them.
 """
 
@@ -80,7 +80,7 @@ class Ours:
         return result
 
 
-RIVALS = ("tp_l1", "tp_l2", "tp_taylor", "tp_hessian")
+RIVALS = ("tp_l1", "tp_l2", "tp_taylor", "tp_hessian", "tp_hessian_mean")
 
 
 def selecting(shortcut: PadShortcut) -> nn.Conv2d:
@@ -104,6 +104,7 @@ class Rival:
         self.importance = {
             "tp_l1": lambda: tp.importance.GroupMagnitudeImportance(p=1), "tp_l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
             "tp_taylor": tp.importance.GroupTaylorImportance, "tp_hessian": tp.importance.GroupHessianImportance,
+            "tp_hessian_mean": tp.importance.GroupHessianImportance,
         }[name]
         self.model, self.augmented, self.example = copy.deepcopy(model).eval(), augmented, example
         for place, module in list(self.model.named_modules()):
@@ -113,14 +114,18 @@ class Rival:
         if name == "tp_taylor":
             for x, y in batches[: 1024 // BATCH]:
                 F.cross_entropy(self.model(x), y).backward()
-        if name == "tp_hessian":
-            importance = self.importance()
-            for x, y in (pair for batch in batches[: 256 // BATCH] for pair in zip(*batch, strict=True)):
+        if name.startswith("tp_hessian"):
+            importance, squares_of = self.importance(), {}
+            images = 256
+            for x, y in (pair for batch in batches[: images // BATCH] for pair in zip(*batch, strict=True)):
                 self.model.zero_grad()
                 F.cross_entropy(self.model(x[None]), y[None]).backward()
                 importance.accumulate_grad(self.model)
-            for parameter, squares in importance._accu_grad.items():  # as the criterion does when it is first asked
-                parameter.grad = squares / importance._counter[parameter]
+                for parameter in self.model.parameters():
+                    squares_of[parameter] = squares_of.get(parameter, 0) + parameter.grad.square()
+            released = name == "tp_hessian"
+            for parameter, squares in (importance._accu_grad if released else squares_of).items():  # as the criterion does when it is first asked
+                parameter.grad = squares / (importance._counter[parameter] if released else images)
 
     def _pruner(self, ratio: float, steps: int) -> tuple[nn.Module, Any]:
         import torch_pruning as tp
