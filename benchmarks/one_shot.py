@@ -31,6 +31,7 @@ from compress.cost import count
 from compress.errors import CompressError
 from compress.graph import trace
 from compress.methods import Context, method, names
+from compress.methods.low_rank import RankMethod
 from compress.reconstruct import reconstruct
 from compress.train import evaluate, recalibrate
 from models.layers import PadShortcut
@@ -46,9 +47,9 @@ def channel_and_low_rank() -> list[str]:
 
 
 def allocations(name: str) -> tuple[str, ...]:
-    """How a method may share a budget; the same fraction of every layer is for channels only."""
+    """How a method may share a budget; the same fraction of every layer is not for ranks from a menu."""
     known = method(name).allocations
-    return known if method(name).by_channels else tuple(way for way in known if way != "uniform")
+    return tuple(way for way in known if way != "uniform") if isinstance(method(name), RankMethod) else known
 
 
 class Ours:
