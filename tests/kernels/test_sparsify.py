@@ -54,11 +54,13 @@ def test_faster_forms_replace_their_layers(monkeypatch):
     assert report.replaced == ["3", "5"] and "100 us" in by_layer["5"].reason
 
 
-def test_a_win_within_the_margin_stays_dense(monkeypatch):
-    with_times(monkeypatch, ratio=1.02)
-    sparse, report = sparsify(network(), torch.randn(2, 3, 8, 8))
-    assert not any(isinstance(m, (SparseLinear, SparseConv2d)) for m in sparse.modules())
-    assert report.replaced == [] and "dense took 100 us" in report.choices[1].reason
+@pytest.mark.parametrize("ratio, margin, wins", [(1.02, 0.03, False), (1.04, 0.03, True), (1.4, 0.5, False), (1.6, 0.5, True), (1.001, 0.0, True)])
+def test_a_form_must_win_by_more_than_the_margin(monkeypatch, ratio, margin, wins):
+    """On both sides of the margin, which is 3 % unless another is given."""
+    with_times(monkeypatch, ratio=ratio)
+    sparse, report = sparsify(network(), torch.randn(2, 3, 8, 8), **({} if margin == 0.03 else {"margin": margin}))
+    assert any(isinstance(m, (SparseLinear, SparseConv2d)) for m in sparse.modules()) == wins
+    assert report.replaced == (["3", "5"] if wins else []) and "dense took 100 us" in report.choices[1].reason
 
 
 def test_a_network_that_did_not_get_faster_is_returned_dense(monkeypatch):
