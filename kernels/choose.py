@@ -76,7 +76,8 @@ def sparsify(model: nn.Module, example_inputs: Tensor | tuple, *, margin: float 
 
     example_inputs: a tensor or a tuple of positional arguments, on the model's device, of the batch size that matters. margin: fraction
     by which a sparse form must be faster. seconds: time for measuring one layer. table: the JSON file of measurements
-    (default: table.default_path()); `remeasure` ignores what it holds. log: called with one line per layer.
+    (default: table.default_path()); `remeasure` ignores what it holds, and a measurement in which a form failed is not kept. log: called
+    with one line per layer.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     sparse = _copy(model)
@@ -218,7 +219,9 @@ def _decide(name: str, layer: nn.Module, shapes: Counter, shared: set[int], marg
                 return stay(f"the dense layer could not be measured: {found.faults.get('dense', 'unknown')}")
             times = found.times
             faults |= found.faults
-            table.put(key, {k: times.get(k, math.inf) for k in totals})
+            # What failed may do so for these weights, this memory or this once; a row with a gap would be measured anew anyway.
+            if not found.faults:
+                table.put(key, {k: times.get(k, math.inf) for k in totals})
         for label in totals:
             totals[label] += count * times.get(label, math.inf)
     best = min(offered, key=lambda label: totals[label])

@@ -1,7 +1,6 @@
 """Oracle: the dense network's outputs; measured times are replaced by given ones where a decision is tested."""
 
 import json
-import math
 import time
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 
 from kernels import SparseConv2d, SparseLinear, measure, sparsify, timing
-from kernels.table import Table, default_path
 
 from .masks import masked
 
@@ -170,16 +168,6 @@ def test_a_module_under_two_names_is_replaced_under_both(monkeypatch):
     sparse, report = sparsify(Twice(), torch.randn(2, 16))
     assert isinstance(sparse.first, SparseLinear) and sparse.first is sparse.second
     assert report.choices[0].dense_us == 200
-
-
-def test_table_survives_a_broken_file(cache):
-    assert default_path() == cache / "kernels.json"
-    cache.mkdir()
-    default_path().write_text("{broken")
-    table = Table(default_path())
-    table.put("key", {"dense": 1.0, "csr torch": math.inf})
-    assert Table(default_path()).get("key", ["dense", "csr torch"]) == {"dense": 1.0, "csr torch": math.inf}
-    assert Table(default_path()).get("key", ["dense", "run16"]) is None
 
 
 def test_interleaved_timing_counts_every_call():
