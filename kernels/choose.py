@@ -2,8 +2,8 @@
 
 For each Linear and Conv2d with zeros in its weight the inputs that the network really gives it are recorded; dense and every candidate are
 timed on inputs of these shapes, interleaved, and a sparse form replaces the layer only where it is more than `margin` faster in two
-measurements and computes the same. At the end the whole network is timed before and after; if it did not get faster it is returned
-dense.
+measurements and computes the same. What torch runs instead of single layers (encoder.py) is timed as a whole. At the end the whole network
+is timed before and after; if it did not get faster it is returned dense.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from . import candidates, measure, modules
+from . import candidates, encoder, measure, modules
 from .table import Table, default_path, layer_key
 
 FEWEST_ZEROS = 0.05
@@ -83,24 +83,27 @@ def sparsify(model: nn.Module, example_inputs: Tensor | tuple, *, margin: float 
     sparse = _copy(model)
     measured = Table(table or default_path())
     report = Report()
+
+    def tell(choice: Choice) -> None:
+        if log is not None:
+            log(f"{choice.layer or '(the network itself)'}: {choice.choice}, {choice.reason}")
+
     with _evaluating(model), torch.no_grad():
-        shapes = _input_shapes(model, inputs)
-        names = _names(sparse)
-        shared = _shared_weights(model)
+        shapes, calls = _record(model, inputs)
+        shared, replacements = _shared_weights(model), {}
         for name, layer in _layers(model):
             choice, replacement = _decide(name, layer, shapes.get(name, Counter()), shared, margin, seconds, measured, remeasure)
             report.choices.append(choice)
-            if log is not None:
-                log(f"{choice.layer or '(the network itself)'}: {choice.choice}, {choice.reason}")
-            if replacement is None:
-                continue
-            replacement.train(sparse.get_submodule(name).training)
-            if not name:
-                sparse = replacement
-            else:
-                for path in names[name]:
-                    parent, _, attribute = path.rpartition(".")
-                    setattr(sparse.get_submodule(parent), attribute, replacement)
+            tell(choice)
+            if replacement is not None:
+                replacements[name] = replacement
+        for name, reason in encoder.slower(model, replacements, calls, margin, seconds).items():
+            number = next(i for i, choice in enumerate(report.choices) if choice.layer == name)
+            choice = report.choices[number]
+            report.choices[number] = replace(choice, choice="dense", reason=f"{choice.reason}, but {reason}")
+            tell(report.choices[number])
+            replacements.pop(name, None)
+        sparse = _put(sparse, replacements)
     if report.replaced and not _faster(model, sparse, inputs, report, seconds):
         report.note = ", ".join(filter(None, ("returned dense, because the whole network did not get faster", report.note)))
         report.choices = [replace(c, choice="dense") for c in report.choices]
@@ -129,6 +132,22 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Layers whose `forward` is the plain one; subclasses may be read by other modules without being called."""
     return [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, nn.Conv2d)]
+
+
+def _put(network: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """The network with other modules in the place of those of these names, in the same mode."""
+    names = _names(network)
+    for name, replacement in replacements.items():
+        replacement.train(network.get_submodule(name).training)
+        if not name:
+            return replacement
+        for path in names[name]:
+            parent, _, attribute = path.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, replacement)
+    for _, layer in encoder.encoder_layers(network):
+        if any(isinstance(own, modules.SparseLinear) for own in encoder.linears(layer).values()):
+            encoder.call_layers(layer)
+    return network
 
 
 def _names(model: nn.Module) -> dict[str, list[str]]:
@@ -161,30 +180,45 @@ def _plain(layer: nn.Module) -> nn.Module:
     return plain
 
 
-def _input_shapes(model: nn.Module, inputs: tuple) -> dict[str, Counter]:
-    """Shapes (and memory layout) of every layer's inputs in one forward pass, with their number."""
+def _record(model: nn.Module, inputs: tuple) -> tuple[dict[str, Counter], dict[str, tuple]]:
+    """What one forward pass gives to its layers: shape (rows of all parts of a nested tensor together), data type and memory layout of every
+    layer's inputs with their number, and the arguments of the first call of each encoder layer with zeros to skip."""
     seen: dict[str, Counter] = {}
+    calls: dict[str, tuple] = {}
     hooks = []
     for name, layer in _layers(model):
         def record(module: nn.Module, args: tuple, name: str = name) -> None:
             if args and isinstance(args[0], Tensor):
-                last = args[0].ndim == 4 and not args[0].is_contiguous() and args[0].is_contiguous(memory_format=torch.channels_last)
-                seen.setdefault(name, Counter())[(tuple(args[0].shape), args[0].dtype, last)] += 1
+                x = args[0]
+                shape = (x.numel() // max(1, x.size(-1)), x.size(-1)) if x.is_nested else tuple(x.shape)
+                last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+                seen.setdefault(name, Counter())[(shape, x.dtype, last)] += 1
 
         hooks.append(layer.register_forward_pre_hook(record))
+    for name, layer in encoder.encoder_layers(model):
+        def keep(module: nn.Module, args: tuple, keywords: dict, name: str = name) -> None:
+            calls.setdefault(name, (args, keywords))
+
+        # Their inputs stay in memory until they are timed.
+        if any(type(own) is nn.Linear and _density(own) <= 1 - FEWEST_ZEROS for own in encoder.linears(layer).values()):
+            hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     try:
         model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return seen, calls
+
+
+def _density(layer: nn.Module) -> float:
+    return float((layer.weight != 0).sum()) / max(1, layer.weight.numel())
 
 
 def _decide(name: str, layer: nn.Module, shapes: Counter, shared: set[int], margin: float, seconds: float, table: Table,
             remeasure: bool) -> tuple[Choice, nn.Module | None]:
     """The choice for one layer and, where it is not dense, the module that takes its place."""
     weight = layer.weight
-    density = float((weight != 0).sum()) / max(1, weight.numel())
+    density = _density(layer)
     shape = next(iter(shapes))[0] if shapes else ()
 
     def stay(reason: str, dense: float = math.nan, best: float = math.nan) -> tuple[Choice, None]:

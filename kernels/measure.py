@@ -88,10 +88,16 @@ def check(layer: nn.Module, module: nn.Module, shape: tuple[int, ...], channels_
             return first_line(failure)
 
 
-def network_times(networks: tuple[nn.Module, nn.Module], inputs: tuple, seconds: float) -> Iterator[tuple[float, float, str]]:
-    """Two measurements, one after another, of microseconds of both networks, and how they were measured ("" on a CPU)."""
+def differs(y: Tensor, expected: Tensor) -> str | None:
+    """Why y does not count as what a layer with weights of the data type of `expected` returned; None if it does."""
+    return _fault(y, expected, tolerance(expected))
+
+
+def network_times(networks: tuple[nn.Module, nn.Module], inputs: tuple, seconds: float,
+                  keywords: dict | None = None) -> Iterator[tuple[float, float, str]]:
+    """Two measurements, one after another, of microseconds of both networks on these arguments, and how they were measured ("" on a CPU)."""
     where = next((p for network in networks for p in network.parameters() if p.is_cuda), torch.empty(0))
-    calls = [lambda network=network: network(*inputs) for network in networks]
+    calls = [lambda network=network: network(*inputs, **(keywords or {})) for network in networks]
     with torch.cuda.device_of(where):
         graphs, mode = [], ""
         if where.is_cuda:

@@ -120,7 +120,11 @@ class _Packed(nn.Module):
 
 
 class SparseLinear(_Packed):
-    """y = act(scale * (x W^T) + bias + residual) for a packed W [out_features, in_features]; x [..., in_features]."""
+    """y = act(scale * (x W^T) + bias + residual) for a packed W [out_features, in_features]; x [..., in_features] or a nested tensor
+    [n, *, in_features].
+
+    In an nn.TransformerEncoderLayer use encoder.call_layers, as `sparsify` does: otherwise torch decodes the weight in every call there.
+    """
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, format: str | None = None, mask: Tensor | None = None, scale: Tensor | None = None,
@@ -151,9 +155,20 @@ class SparseLinear(_Packed):
         return formats.unpack(self.packed)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_nested:
+            return self._nested(x, residual)
         op = getattr(torch.ops.compress_kernels, f"{self.format}_linear")
         return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
                   self.activation)
+
+    def _nested(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """All rows of all parts at once."""
+        parts = x.unbind()
+        y = self.forward(torch.cat(parts), None if residual is None else torch.cat(residual.unbind()))
+        if x.layout == torch.jagged and x.lengths() is None:
+            # The same offsets let torch add x and y.
+            return torch.nested.nested_tensor_from_jagged(y, x.offsets())
+        return torch.nested.as_nested_tensor(list(y.split([len(part) for part in parts])), layout=x.layout)
 
     def extra_repr(self) -> str:
         return f"in_features={self.columns}, out_features={self.rows}, {self._facts()}"
