@@ -5,6 +5,7 @@ A prior only removes what cannot win there: a format whose bytes are not fewer t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import modules
+from .convolution import output_size
 from .csr.op import ENGINES, usable
 from .sparse_conv.reference import channels_last, group_for
 from .vector_block.reference import kept_columns
@@ -20,6 +22,8 @@ from .vector_block.reference import kept_columns
 RUN16_COLUMNS = 16
 TWO_FOUR_COLUMNS = 256
 LONG_CONTRACTION = 2048
+LONG_POINTWISE = 512
+FEW_PIXELS = 1024
 MOST_KEPT_VECTORS = 0.9
 
 
@@ -34,24 +38,40 @@ class Candidate:
 def eligible(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) -> list[Candidate]:
     """Candidates for `layer` on an input of that shape."""
     weight = layer.weight.detach()
-    mask = (weight != 0).flatten(1)
-    kind = modules.SparseConv2d if isinstance(layer, nn.Conv2d) else modules.SparseLinear
     found: list[Candidate] = []
-
-    def offer(label: str, **options) -> None:
-        found.append(Candidate(label, lambda: kind.from_dense(layer, **options)))
-
     sample = weight.new_empty(0)
-    for engine in ENGINES if weight.device.type == "cpu" else ENGINES[:1] if kind is modules.SparseLinear else ():
+    for engine in ENGINES if weight.device.type == "cpu" else ENGINES[:1] if isinstance(layer, nn.Linear) else ():
         if usable(engine, sample, weight):
-            offer(f"csr {engine}", format="csr", engine=engine)
+            _offer(found, layer, f"csr {engine}", format="csr", engine=engine)
     if not weight.is_cuda or torch.version.hip is not None or not _has_triton():
         return found
-    if kind is modules.SparseConv2d:
-        _convolutions(offer, layer, mask)
-    else:
-        _matrices(offer, weight, mask, math.prod(shape[:-1]))
+    return found + on_gpu(layer, shape)
+
+
+def on_gpu(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) -> list[Candidate]:
+    """The candidates that run as Triton kernels. A convolution of 1 x 1 is also a matrix, whose columns of x are the output's pixels."""
+    mask = (layer.weight.detach() != 0).flatten(1)
+    found: list[Candidate] = []
+    offer = functools.partial(_offer, found, layer)
+    if isinstance(layer, nn.Linear):
+        _matrices(offer, layer.weight, mask, math.prod(shape[:-1]))
+        return found
+    pixels = _pixels(layer, shape)
+    _convolutions(offer, layer, mask, pixels)
+    if layer.kernel_size == (1, 1):
+        _matrices(offer, layer.weight.flatten(1), mask, pixels)
     return found
+
+
+def _offer(found: list[Candidate], layer: nn.Module, label: str, **options) -> None:
+    kind = modules.SparseConv2d if isinstance(layer, nn.Conv2d) else modules.SparseLinear
+    found.append(Candidate(label, lambda: kind.from_dense(layer, **options)))
+
+
+def _pixels(layer: nn.Conv2d, shape: tuple[int, ...]) -> int:
+    """Output pixels of all images of an input [N, c, H, W] or [c, H, W]."""
+    size = output_size(shape[-2:], layer.kernel_size, layer.stride, modules.padding(layer), layer.dilation)
+    return math.prod(shape[:-3]) * math.prod(size)
 
 
 def _has_triton() -> bool:
@@ -73,16 +93,18 @@ def _matrices(offer, weight: Tensor, mask: Tensor, columns: int) -> None:
         offer("two_four", format="two_four")
 
 
-def _convolutions(offer, layer: nn.Conv2d, mask: Tensor) -> None:
+def _convolutions(offer, layer: nn.Conv2d, mask: Tensor, pixels: int) -> None:
     group = group_for(layer.in_channels)
     kernel = layer.kernel_size
     if group == 1:
         return
     for height in (64, 128):
-        if kept_columns(channels_last(mask, kernel), height, group) <= MOST_KEPT_VECTORS or _few_pixels(layer):
+        if kept_columns(channels_last(mask, kernel), height, group) <= MOST_KEPT_VECTORS or _few_pixels(layer, pixels):
             offer(f"sparse_conv {height}x{group}", format="sparse_conv", height=height)
 
 
-def _few_pixels(layer: nn.Conv2d) -> bool:
-    """Wide layers sit on small maps, where splitting the contraction may win even with a full list."""
-    return layer.weight[0].numel() >= LONG_CONTRACTION
+def _few_pixels(layer: nn.Conv2d, pixels: int) -> bool:
+    """Whether the output's tiles leave a GPU idle, so that splitting the contraction may win even with a full list. Wide layers sit on small
+    maps; 1 x 1 layers of some hundred channels may or may not."""
+    contraction = layer.weight[0].numel()
+    return contraction >= LONG_CONTRACTION or (layer.kernel_size == (1, 1) and contraction >= LONG_POINTWISE and pixels <= FEW_PIXELS)

@@ -28,12 +28,11 @@ def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int
     return tuple((size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1))
 
 
-def _check(x: Tensor, values: Tensor, scale, bias, residual, rows: int, columns: int, kernel, stride, padding, dilation) -> tuple[int, ...]:
+def _shape(x: Tensor, residual: Tensor | None, rows: int, columns: int, kernel, stride, padding, dilation) -> tuple[int, ...]:
     """The output's shape, or one sentence about what does not fit."""
     channels = columns // (kernel[0] * kernel[1])
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"the input has shape {list(x.shape)}, but a batch of images with {channels} channels is needed")
-    check_tensors(x, values, {"the scale": scale, "the bias": bias}, residual, rows)
     height, width = output_size(x.shape[2:], kernel, stride, padding, dilation)
     if height < 1 or width < 1:
         image = f"{x.shape[2]} x {x.shape[3]}"
@@ -52,6 +51,18 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, shape: Sequence[in
     return F.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
 
 
+def pointwise(op: Callable[..., Tensor], x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int,
+              options, activation: str, kernel, stride, padding, dilation) -> Tensor:
+    """The convolution of 1 x 1 by the operator `op` (schema operator.LINEAR_SCHEMA) of a format that has only matrices: every pixel is a row
+    of its x, without a copy for channels_last images of stride 1. y [N, c_out, h, w] is channels_last."""
+    _shape(x, residual, rows, columns, kernel, stride, padding, dilation)
+    if any(padding):
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    pixels = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+    added = None if residual is None else residual.permute(0, 2, 3, 1)
+    return op(pixels, values, index, scale, bias, added, rows, columns, kept, options, activation).permute(0, 3, 1, 2)
+
+
 def define_conv(name: str, positions: Positions, launch: Launch | None, direct: Direct | None,
                 memory_format: torch.memory_format) -> Callable[..., Tensor]:
     """Registers `compress_kernels::<name>` (schema SCHEMA) and returns it; y [N, c_out, h, w] always has `memory_format`.
@@ -64,7 +75,8 @@ def define_conv(name: str, positions: Positions, launch: Launch | None, direct: 
 
     def forward(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, kept: int, options, activation: str,
                 kernel, stride, padding, dilation) -> Tensor:
-        shape = _check(x, values, scale, bias, residual, rows, columns, kernel, stride, padding, dilation)
+        shape = _shape(x, residual, rows, columns, kernel, stride, padding, dilation)
+        check_tensors(x, values, {"the scale": scale, "the bias": bias}, residual, rows)
         epilogue.check(activation)
         geometry = (kernel, stride, padding, dilation)
         values, scale, bias, *index = plain(values, scale, bias, *index)

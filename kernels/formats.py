@@ -1,13 +1,13 @@
 """A packed weight as plain data, and the table of formats.
 
 Every format is a folder with `op.py`, which offers `pack(weight, mask=None, **options) -> Packed` and the torch operator
-`compress_kernels::<name>_linear` (`sparse_conv` and `csr` also have `<name>_conv2d`).
+`compress_kernels::<name>_linear` (`sparse_conv` and `csr` also have `<name>_conv2d`; the others convolve with 1 x 1 only, as a matrix).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -42,6 +42,11 @@ def module_of(name: str) -> ModuleType:
 def linear_operator(name: str) -> Callable[..., Tensor]:
     """The torch operator that multiplies by a packed matrix; schema operator.LINEAR_SCHEMA."""
     return getattr(module_of(name), f"{name}_linear")
+
+
+def convolves(name: str, kernel: Sequence[int]) -> bool:
+    """Whether a weight in that format can convolve with that kernel."""
+    return name in CONVOLUTIONS or tuple(kernel) == (1, 1)
 
 
 def conv_operator(name: str) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import epilogue, formats, state
+from . import convolution, epilogue, formats, state
 from .formats import FORMATS, Packed
 
 # A module that comes out of a file (torch.load, torch.export.load) finds its operators registered.
@@ -188,18 +188,19 @@ class SparseConv2d(_Packed):
     def from_dense(cls, conv: nn.Conv2d, format: str | None = None, mask: Tensor | None = None, scale: Tensor | None = None,
                    activation: str = "none", **options) -> SparseConv2d:
         """Packs the non-zero weights (or those that `mask` keeps) of `conv`; ValueError for groups, non-zero padding modes or "same"
-        padding that is not symmetric. `format` is "csr" (default on the CPU) or "sparse_conv" (default elsewhere)."""
+        padding that is not symmetric. `format` is "csr" (default on the CPU), "sparse_conv" (default elsewhere), or for 1 x 1 any other."""
         reason = unsupported(conv)
         if reason:
             raise ValueError(f"a convolution with {reason} cannot be packed: keep it dense")
         format = format or ("sparse_conv" if conv.weight.is_cuda else "csr")
-        if format not in formats.CONVOLUTIONS:
-            raise ValueError(f"the sparse format {format!r} has no convolution; {', '.join(formats.CONVOLUTIONS)} have one")
+        if not formats.convolves(format, conv.kernel_size):
+            others = ", ".join(formats.CONVOLUTIONS)
+            raise ValueError(f"the sparse format {format!r} has no convolution of more than 1 x 1; {others} have one")
         if format == "sparse_conv":
             options = {"kernel": tuple(conv.kernel_size), **options}
         mask = None if mask is None else mask.flatten(1)
         packed = pack_checked(format, conv.weight.flatten(1), mask, options)
-        module = cls(packed, conv.kernel_size, conv.stride, _padding(conv), conv.dilation, conv.bias, scale, activation)
+        module = cls(packed, conv.kernel_size, conv.stride, padding(conv), conv.dilation, conv.bias, scale, activation)
         module.values.requires_grad_(_trains(conv.weight))
         return module.train(conv.training)
 
@@ -218,9 +219,11 @@ class SparseConv2d(_Packed):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)).squeeze(0)
-        op = getattr(torch.ops.compress_kernels, f"{self.format}_conv2d")
-        return op(x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
-                  self.activation, self.kernel_size, self.stride, self.padding, self.dilation)
+        given = (x, self.values, self.index, self.scale, self.bias, residual, self.rows, self.columns, self.kept, self.options,
+                 self.activation, self.kernel_size, self.stride, self.padding, self.dilation)
+        if self.format not in formats.CONVOLUTIONS:
+            return convolution.pointwise(getattr(torch.ops.compress_kernels, f"{self.format}_linear"), *given)
+        return getattr(torch.ops.compress_kernels, f"{self.format}_conv2d")(*given)
 
     def extra_repr(self) -> str:
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
@@ -237,7 +240,8 @@ def pack_checked(format: str | None, weight: Tensor, mask: Tensor | None, option
     return formats.pack(format or ("run16" if weight.is_cuda else "csr"), weight, mask, **options)
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int]:
+def padding(conv: nn.Conv2d) -> tuple[int, int]:
+    """Pixels of zeros above and beside the image."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import validity
-from .formats import CONVOLUTIONS, FORMATS, Packed
+from .formats import FORMATS, Packed, convolves
 
 MOST_INDEX_TENSORS = 16
 FIXED = 6
@@ -51,8 +51,8 @@ def refusal(packed: Packed, kernel: tuple[int, ...], prefix: str, rows: int, col
     if (packed.rows, packed.columns) != (rows, columns):
         return f"{prefix}layout holds a weight of {packed.rows} x {packed.columns}, but this layer has {rows} x {columns}"
     name = prefix[:-1] or "the layer"
-    if wanted and packed.format not in CONVOLUTIONS:
-        return f"{name} holds a weight of the format {packed.format}, which has no convolution, but this layer is one"
+    if wanted and not convolves(packed.format, wanted):
+        return f"{name} holds a weight of the format {packed.format}, which has no convolution of more than 1 x 1, but this layer is one"
     if wrong := validity.fault(packed):
         return f"{name} holds no packed weight of the format {packed.format}: {wrong}"
     if packed.format == "sparse_conv":

@@ -56,7 +56,7 @@ def test_kernels_of_states_without_a_kernel():
 def test_states_of_linear_and_convolution():
     matrix = SparseLinear.from_dense(nn.Linear(48, 8), format="run16")
     assert message(packed_conv("csr", (1, 3)), matrix.state_dict()) == (
-        "the layer holds a weight of the format run16, which has no convolution, but this layer is one")
+        "the layer holds a weight of the format run16, which has no convolution of more than 1 x 1, but this layer is one")
     matrix = SparseLinear.from_dense(nn.Linear(16, 8), format="sparse_conv")
     assert message(matrix, packed_conv("sparse_conv", (1, 1)).state_dict()).endswith("but this layer multiplies by a matrix")
     network = nn.Sequential(SparseLinear.from_dense(nn.Linear(48, 8)))
