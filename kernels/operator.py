@@ -87,6 +87,12 @@ def plain(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
+def aligned(tensor: Tensor, multiple: int = 8) -> Tensor:
+    """A contiguous tensor whose first byte lies at a multiple of `multiple`: the tensor, or a copy. A slice of a larger one, as in a flat vector of
+    all parameters, starts anywhere, and a GPU cannot read words of 8 bytes there."""
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % multiple or tensor.data_ptr() % multiple else tensor
+
+
 def wide(dtype: torch.dtype, scale: Tensor | None) -> torch.dtype:
     """The data type for a product of such numbers in torch: float16 overflows before a small `scale` could bring it back, and the fused
     kernels sum in float32 as well."""

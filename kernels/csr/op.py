@@ -77,10 +77,11 @@ def _linear(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
     if engine is None:
         return None
     fused = scale is None and residual is None and activation in ("none", "relu")
-    values, given = values.detach(), bias if fused else None
-    product, done = _product(x.t().contiguous(), values, index, given, activation == "relu" and fused, rows, columns, engine)
+    dtype, given = operator.wide(x.dtype, scale), bias if fused else None
+    factor, values = x.t().contiguous().to(dtype), values.detach().to(dtype)
+    product, done = _product(factor, values, index, given, activation == "relu" and fused, rows, columns, engine)
     product = product.t()
-    return product.contiguous() if done and fused else epilogue.finish(product, scale, bias, residual, activation).contiguous()
+    return (product if done and fused else epilogue.finish(product, scale, bias, residual, activation)).to(x.dtype).contiguous()
 
 
 def _by_patches(x: Tensor, values: Tensor, index, bias: Tensor | None, relu: bool, rows: int, columns: int, engine: str,
@@ -112,7 +113,9 @@ def _conv2d(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
         return None
     size = convolution.output_size(x.shape[2:], kernel, stride, padding, dilation)
     fused = scale is None and residual is None and activation in ("none", "relu")
-    given, relu, values = (bias if fused else None), activation == "relu" and fused, values.detach()
+    given, relu = (bias if fused else None), activation == "relu" and fused
+    before, dtype = x.dtype, operator.wide(x.dtype, scale)
+    x, values = x.to(dtype), values.detach().to(dtype)
     if tuple(kernel) == (1, 1):
         if any(padding):
             x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
@@ -125,7 +128,7 @@ def _conv2d(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
         done = True
     else:
         product, done = _by_patches(x, values, index, given, relu, rows, columns, engine, size, kernel, stride, padding, dilation)
-    return product if done and fused else epilogue.finish(product, scale, bias, residual, activation, dim=1).contiguous()
+    return (product if done and fused else epilogue.finish(product, scale, bias, residual, activation, dim=1).contiguous()).to(before)
 
 
 csr_linear = operator.define_linear("csr_linear", reference.positions, None, _linear)

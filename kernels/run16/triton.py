@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import device
-from ..operator import interpreted
+from ..operator import aligned, interpreted
 from .reference import LANES
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_BATCH = 8
-CONFIGS = tuple({"warps": w, "splits": s} for w in (4, 8) for s in (1, 2, 4, 8))
+SPLITS = (1, 2, 4, 8)
+CONFIGS = tuple({"warps": w, "splits": s} for w in (4, 8) for s in SPLITS)
 
 
 def registers_for(columns: int) -> int | None:
@@ -164,7 +165,7 @@ def splits_for(slices: int, chunks: int, warps: int, longest: int) -> int:
     """Shares per slice so that an H200 (132 multiprocessors, 32 warps wanted on each) is full; a share keeps at least one run per warp."""
     wanted = 132 * 32 // max(1, slices * chunks * warps)
     splits = 1
-    while splits * 2 <= min(wanted, 8) and splits * 2 * warps <= longest:
+    while splits * 2 <= min(wanted, SPLITS[-1]) and splits * 2 * warps <= longest:
         splits *= 2
     return splits
 
@@ -181,7 +182,7 @@ def _words(x: Tensor, np_: int, chunks: int) -> Tensor:
         padded = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
         packed = padded.reshape(chunks, width, x.shape[1]).transpose(1, 2).contiguous()
     # Flat, because a dimension of size 1 may have a stride that cannot be viewed as words.
-    return packed.flatten().view(torch.int64)
+    return aligned(packed.flatten()).view(torch.int64)
 
 
 def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str,
@@ -200,7 +201,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     counter = x.new_zeros(slices * chunks, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
     with torch.cuda.device_of(x):
         run16_kernel[(slices * chunks, splits)](
-            source, values.view(torch.int64), start, gaps, perm, slice_ptr, y,
+            source, aligned(values).view(torch.int64), start, gaps, perm, slice_ptr, y,
             y if scale is None else scale, y if bias is None else bias, y if residual is None else residual, partial, counter,
             rows, columns, batch, chunks, NP=np_, KIND=KINDS[values.dtype], CODING=gaps.shape[1] - 1, WIDE=start.dtype == torch.int32,
             WARPS=warps, SPLITS=splits, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,

@@ -17,6 +17,14 @@ from .. import convolution, device, precision
 from ..operator import interpreted
 
 STAGES = 3
+HEIGHTS = (16, 32, 64, 128)
+TILES = (64, 128)
+GROUPS = (1, 8, 16)
+SPLITS = (1, 2, 4, 8, 16)
+# Most lines (and columns) of a padded image and a tap's reach together. A pixel that does not exist has line -2^30: above any image, whatever the tap.
+MOST_LINES = 1 << 29
+
+
 def warps_for(height: int, pixels: int, group: int, itemsize: int) -> int:
     """Warps per program: eight for large tiles, and for float32 gathered one by one, which would spill with four."""
     return 8 if height * pixels >= 128 * 64 or (group == 1 and itemsize == 4) else 4
@@ -30,10 +38,10 @@ def registers_for(group: int, itemsize: int) -> int | None:
 
 CONFIGS = tuple(
     {"height": height, "step": 64, "pixels": pixels, "group": group, "splits": splits, "warps": warps_for(height, pixels, group, 2)}
-    for height in (64, 128)
-    for pixels in (64, 128)
-    for group in (1, 8, 16)
-    for splits in (1, 4)
+    for height in HEIGHTS
+    for pixels in TILES
+    for group in GROUPS
+    for splits in SPLITS
     if height * pixels <= 128 * 64
 )
 
@@ -65,8 +73,8 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
     inside = pixel % (out_height * out_width)
     top = (inside // out_width) * stride_h - pad_h
     left = (inside % out_width) * stride_w - pad_w
-    # Pixels behind the last one get a row no tap can reach.
-    top = tl.where(pixel < pixels, top, -(1 << 20))
+    # Pixels behind the last one get a row from which no tap reaches the image.
+    top = tl.where(pixel < pixels, top, -(1 << 30))
     corner = ((image.to(tl.int64) * height + top) * width + left) * channels
     panel = values + low.to(tl.int64) * (STEP * V) + k[:, None] * V + v[None, :]
     kept += low.to(tl.int64) * (STEP // G) + k // G
@@ -114,7 +122,7 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
 def splits_for(blocks: int, tiles: int, steps: int) -> int:
     """Shares per block so that an H200 (132 multiprocessors) has two programs on each; a share keeps at least four steps."""
     splits = 1
-    while splits < 16 and blocks * tiles * splits < 2 * 132 and steps // (splits * 2) >= 4:
+    while splits < SPLITS[-1] and blocks * tiles * splits < 2 * 132 and steps // (splits * 2) >= 4:
         splits *= 2
     return splits
 
@@ -128,8 +136,10 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     batch, channels, image_height, image_width = x.shape
     size = convolution.output_size((image_height, image_width), kernel, stride, padding, dilation)
     pixels = batch * size[0] * size[1]
-    if pixels >= 2**31 - 256 or max(size) * max(stride) + max(padding) > 2**19:
-        images = f"{pixels} output pixels of images of {image_height} x {image_width}"
+    taps = [spacing * (length - 1) for spacing, length in zip(dilation, kernel)]
+    lines = max(size[d] * stride[d] + padding[d] + taps[d] for d in (0, 1))
+    if pixels >= 2**31 - 256 or lines > MOST_LINES or (taps[0] * image_width + taps[1] + 1) * channels >= 2**31:
+        images = f"{pixels} output pixels of images of {channels} x {image_height} x {image_width}, taps up to {taps[0]} x {taps[1]} pixels apart,"
         raise ValueError(f"{images} are more than the kernel's 32-bit integers can count")
     source = x.permute(0, 2, 3, 1).contiguous()
     y = x.new_empty(batch, *size, rows) if y is None else y

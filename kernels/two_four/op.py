@@ -1,7 +1,8 @@
 """The operator `compress_kernels::two_four_linear` and the packing that feeds it.
 
 On a GPU of capability 8.0 or higher S goes through torch's cuSPARSELt product (bfloat16 and float16, rows and columns multiples of 16; its
-algorithm is searched for once) and R through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix.
+algorithm is searched for once) and R through the run16 kernel, which adds it to that product. Everything else multiplies S as a dense matrix:
+also float16 with a scale, because cuSPARSELt rounds S x to float16, where the scale could no longer bring back what is beyond its range.
 options = (coding of R,), as in run16.
 """
 
@@ -20,6 +21,8 @@ from . import reference
 
 MULTIPLE = 16
 BATCH_MULTIPLE = 8
+# cuSPARSELt reads 16 bytes at a time.
+ALIGNMENT = 16
 CAPABILITY = (8, 0)
 # Compressed forms of S by its `values` tensor: (state of the tensor, compressed, {batch: algorithm}); dropped with the tensor.
 _compressed: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -66,7 +69,7 @@ def _sparse_tensor_cores(x: Tensor, values: Tensor, index, rows: int, columns: i
     compressed, algorithms = _compressed_s(values, index, rows, columns, not recording)
     batch = x.shape[0]
     padded = -(-batch // BATCH_MULTIPLE) * BATCH_MULTIPLE
-    x = torch.nn.functional.pad(x, (0, 0, 0, padded - batch)) if padded != batch else x.contiguous()
+    x = torch.nn.functional.pad(x, (0, 0, 0, padded - batch)) if padded != batch else operator.aligned(x.contiguous(), ALIGNMENT)
     if padded not in algorithms and not recording:
         algorithms[padded] = torch._cslt_sparse_mm_search(compressed, x.t())
     return torch._cslt_sparse_mm(compressed, x.t(), alg_id=algorithms.get(padded, 0)).t()[:batch]
@@ -75,19 +78,17 @@ def _sparse_tensor_cores(x: Tensor, values: Tensor, index, rows: int, columns: i
 def _launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, columns: int, options, activation: str) -> Tensor:
     from ..run16.triton import launch
 
-    if usable(x, rows, columns):
+    dtype = operator.wide(x.dtype, scale)
+    if dtype == x.dtype and usable(x, rows, columns):
         product = _sparse_tensor_cores(x, values, index, rows, columns)
     else:
-        product = x @ _dense_s(values, index, rows, columns).t()
+        product = x.to(dtype) @ _dense_s(values, index, rows, columns).to(dtype).t()
     _, remainder = reference.parts(values.detach(), index)
-    fused = scale is None and residual is None
-    if remainder.shape[0]:
-        of_run16 = (options[0], 0, 0)
-        given = (bias, activation) if fused else (None, "none")
-        product = launch(x, remainder, index[1:], None, given[0], product.contiguous(), rows, columns, of_run16, given[1])
-        if fused:
-            return product
-    return epilogue.finish(product, scale, bias, residual, activation).contiguous()
+    if not remainder.shape[0]:
+        return epilogue.finish(product, scale, bias, residual, activation).to(x.dtype).contiguous()
+    # The kernel adds what it is given behind its own scale.
+    added = epilogue.finish(product, scale, None, residual, "none").contiguous()
+    return launch(x, remainder, index[1:], scale, bias, added, rows, columns, (options[0], 0, 0), activation)
 
 
 two_four_linear = operator.define_linear("two_four_linear", reference.positions, _launch)

@@ -17,7 +17,9 @@ from ..operator import interpreted
 
 STAGES = 3
 ALIGN = 16
+HEIGHTS = (16, 32, 64, 128)
 WIDTHS = (16, 32, 64, 128)
+SPLITS = (1, 2, 4, 8, 16)
 GROUP = tl.constexpr(8)
 
 
@@ -33,9 +35,9 @@ def registers_for(width: int) -> int | None:
 
 CONFIGS = tuple(
     {"height": height, "step": 64, "width": width, "splits": splits, "warps": warps_for(height, width)}
-    for height in (64, 128)
+    for height in HEIGHTS
     for width in WIDTHS
-    for splits in (1, 4)
+    for splits in SPLITS
     if height * width <= 128 * 64
 )
 
@@ -122,7 +124,7 @@ def width_for(batch: int, height: int, itemsize: int) -> int:
 def splits_for(blocks: int, tiles: int, steps: int) -> int:
     """Shares per block so that an H200 (132 multiprocessors) has two programs on each; a share keeps at least four steps."""
     splits = 1
-    while splits < 16 and blocks * tiles * splits < 2 * 132 and steps // (splits * 2) >= 4:
+    while splits < SPLITS[-1] and blocks * tiles * splits < 2 * 132 and steps // (splits * 2) >= 4:
         splits *= 2
     return splits
 

@@ -1,5 +1,6 @@
 """Oracle: float64 products, and CUDA's limits: 2^31 - 1 programs in the first dimension of a grid, 65,535 in the others."""
 
+import contextlib
 import importlib
 import math
 
@@ -55,6 +56,22 @@ def test_a_large_batch_of_large_images_fits_the_grid(monkeypatch):
     x = torch.empty(128, 16, 224, 224, device="meta")
     module.launch(x, packed.values.to("meta"), index, None, None, None, 128, 144, list(packed.options), "none", (3, 3), (1, 1), (1, 1), (1, 1))
     assert fitting(kernel.grid) and math.prod(kernel.grid) == 2 * 128 * 224 * 224 // 64
+
+
+@pytest.mark.parametrize("reach, counted", [((1, 2**22), True), ((511, 0), True), ((1024, 0), False), ((0, 2**30), False)])
+def test_taps_too_far_apart_are_refused(reach, counted, monkeypatch):
+    """Offsets of taps are 32-bit integers; a line of this image has 2^22 numbers, and the image more than 2^31."""
+    module = importlib.import_module("kernels.sparse_conv.triton")
+    kernel = Grid()
+    monkeypatch.setattr(module, "sparse_conv_kernel", kernel)
+    size = (1200, 8192 if reach[1] == 0 else reach[1] + 1)
+    channels = 512 if reach[1] == 0 else 16
+    packed = formats.pack("sparse_conv", torch.ones(16, channels * 4), kernel=(2, 2), height=16)
+    x = torch.empty(1, channels, *size, device="meta")
+    given = (x, packed.values.to("meta"), [t.to("meta") for t in packed.index], None, None, None, 16, channels * 4, list(packed.options), "none")
+    with contextlib.nullcontext() if counted else pytest.raises(ValueError, match=r"taps up to \d+ x \d+ pixels apart, are more than .* can count"):
+        module.launch(*given, (2, 2), (1, 1), (0, 0), tuple(max(1, distance) for distance in reach))
+        assert fitting(kernel.grid)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
