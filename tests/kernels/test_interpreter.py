@@ -1,16 +1,18 @@
 """Oracle: float64 dense products of the same masked weights.
 
 The Triton kernels run in Triton's interpreter, in a process of their own, every buffer between guard bands and every output filled with
-NaN beforehand. Shapes, masks, dtypes, epilogues and kernel options are drawn per case number.
+NaN beforehand; on Linux a read or write beyond them ends that process. Shapes, masks, dtypes, epilogues and kernel options are drawn per case number.
 """
 
+import signal
 from collections import Counter
 
 import pytest
 
 from kernels.operator import interpreter_fault
 
-from .subprocesses import json_lines
+from .guarded import PROTECTS
+from .subprocesses import json_lines, started
 
 KERNELS = ("run16", "vector_block", "sparse_conv", "two_four", "compact")
 
@@ -30,6 +32,14 @@ def check(lines: list[dict], count: int, kernels: tuple[str, ...]) -> None:
 
 def test_thirty_cases_per_kernel(tmp_path):
     check(json_lines("interpreted", "30", *KERNELS, interpret=True, cache=tmp_path), 30, KERNELS)
+
+
+@pytest.mark.skipif(not PROTECTS, reason="needs Linux")
+@pytest.mark.parametrize("first, count, killed", [(36, 64, False), (37, 64, True), (-1, 1, True)])
+def test_a_read_outside_a_buffer_is_found_though_its_result_is_thrown_away(first, count, killed, tmp_path):
+    done = started("outside", str(first), str(count), interpret=True, cache=tmp_path)
+    assert done.returncode == (-signal.SIGSEGV if killed else 0), done.stderr[-4000:]
+    assert ("Segmentation fault" in done.stderr) == killed
 
 
 @pytest.mark.slow
