@@ -197,8 +197,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     splits = options[2] or splits_for(slices, chunks, warps, start.shape[0] // max(1, slices))
     source = _words(x, np_, chunks)
     y = x.new_empty(batch, rows) if y is None else y
-    partial = x.new_empty(splits * chunks * np_ * slices * LANES if splits > 1 else 1, dtype=torch.float32)
-    counter = x.new_zeros(slices * chunks, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    partial, counter = device.shares(x, splits, chunks * np_ * slices * LANES, slices * chunks)
     with torch.cuda.device_of(x):
         run16_kernel[(slices * chunks, splits)](
             source, aligned(values).view(torch.int64), start, gaps, perm, slice_ptr, y,

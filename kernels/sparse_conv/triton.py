@@ -26,8 +26,8 @@ MOST_LINES = 1 << 29
 
 
 def warps_for(height: int, pixels: int, group: int, itemsize: int) -> int:
-    """Warps per program: eight for large tiles, and for float32 gathered one by one, which would spill with four."""
-    return 8 if height * pixels >= 128 * 64 or (group == 1 and itemsize == 4) else 4
+    """Warps per program: eight for large tiles, and for what is gathered one by one in float32 or for few outputs, which would spill with four."""
+    return 8 if height * pixels >= 128 * 64 or (group == 1 and (itemsize == 4 or height < 64)) else 4
 
 
 def registers_for(group: int, itemsize: int) -> int | None:
@@ -42,7 +42,7 @@ CONFIGS = tuple(
     for pixels in TILES
     for group in GROUPS
     for splits in SPLITS
-    if height * pixels <= 128 * 64
+    if pixels == 64 or height == 64
 )
 
 
@@ -145,12 +145,11 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     y = x.new_empty(batch, *size, rows) if y is None else y
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
     blocks = order.numel()
-    tile = tile or (128 if height <= 64 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
+    tile = tile or (128 if height == 64 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
     tiles = -(-pixels // tile)
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
     warps = warps or warps_for(height, tile, group, values.element_size())
-    partial = x.new_empty(splits * blocks * height * tiles * tile if splits > 1 else 1, dtype=torch.float32)
-    counter = x.new_zeros(blocks * tiles, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    partial, counter = device.shares(x, splits, blocks * height * tiles * tile, blocks * tiles)
     rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
     with torch.cuda.device_of(x):
         sparse_conv_kernel[(blocks * tiles, splits)](

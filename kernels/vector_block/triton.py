@@ -28,9 +28,10 @@ def warps_for(height: int, width: int) -> int:
     return 8 if height * width >= 128 * 64 or (height, width) == (128, 16) else 4
 
 
-def registers_for(width: int) -> int | None:
-    """Most registers per thread: of the narrowest tiles ptxas makes do with 64 on sm_80 and spills four, unless it is told that it need not."""
-    return 128 if width == WIDTHS[0] else None
+def registers_for(height: int, width: int) -> int | None:
+    """Most registers per thread: for small tiles, and for 128 x 32, ptxas makes do with 40 to 80 and spills some of them in one configuration or
+    another, unless it is told that it need not."""
+    return 128 if width == WIDTHS[0] else 168 if height * width <= 64 * 32 or (height, width) == (128, 32) else None
 
 
 CONFIGS = tuple(
@@ -103,7 +104,8 @@ def vector_block_kernel(x, values, kept, step_ptr, order, y, scale, bias, residu
     if done:
         if SPLITS > 1:
             acc = tl.zeros([V, BN], tl.float32)
-            for s in tl.static_range(SPLITS):
+            # Not unrolled: sixteen tiles in flight would need more registers than there are.
+            for s in range(SPLITS):
                 acc += tl.load(partial + s * size + spot, cache_modifier=".cg")
         corner = block * V + tile.to(tl.int64) * BN * rows
         target = v[:, None] + tl.arange(0, BN)[None, :] * rows
@@ -146,8 +148,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     tiles = -(-batch // width)
     splits = options[1] or splits_for(blocks, tiles, total // max(1, blocks))
     warps = options[2] or warps_for(height, width)
-    partial = x.new_empty(splits * blocks * height * tiles * width if splits > 1 else 1, dtype=torch.float32)
-    counter = x.new_zeros(blocks * tiles, dtype=torch.int32) if splits > 1 else x.new_empty(1, dtype=torch.int32)
+    partial, counter = device.shares(x, splits, blocks * height * tiles * width, blocks * tiles)
     rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
     added = y if residual is None else residual
     with torch.cuda.device_of(x):
@@ -156,6 +157,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, batch, blocks, tiles, stride,
             V=height, STEP=step, BN=width, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(width)}),
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(height, width)}),
         )
     return y

@@ -25,9 +25,15 @@ def test_many_blocks_and_tiles(tmp_path):
 class Grid:
     """Stands in for a kernel and remembers its grid and integers."""
 
+    names: tuple[str, ...] = ()
+
     def __getitem__(self, grid):
         self.grid = grid
-        return lambda *given, **constants: None
+
+        def run(*given, **constants):
+            self.given = dict(zip(self.names, given))
+
+        return run
 
 
 def fitting(grid: tuple[int, ...]) -> bool:
@@ -56,6 +62,22 @@ def test_a_large_batch_of_large_images_fits_the_grid(monkeypatch):
     x = torch.empty(128, 16, 224, 224, device="meta")
     module.launch(x, packed.values.to("meta"), index, None, None, None, 128, 144, list(packed.options), "none", (3, 3), (1, 1), (1, 1), (1, 1))
     assert fitting(kernel.grid) and math.prod(kernel.grid) == 2 * 128 * 224 * 224 // 64
+
+
+@pytest.mark.parametrize("name", ["run16", "vector_block"])
+def test_no_two_launches_count_on_the_same_memory(name, monkeypatch):
+    """Kernels of two streams may run at once: the counters of each launch are its own, and zero."""
+    module = importlib.import_module(f"kernels.{name}.triton")
+    kernel = Grid()
+    kernel.names = getattr(module, f"{name}_kernel").arg_names
+    monkeypatch.setattr(module, f"{name}_kernel", kernel)
+    packed = formats.pack(name, torch.ones(70, 256), splits=2)
+    counters = []
+    for _ in range(2):
+        module.launch(torch.ones(3, 256), packed.values, packed.index, None, None, None, 70, 256, list(packed.options), "none")
+        counters.append(kernel.given["counter"])
+    assert not any(counter.any() for counter in counters) and all(counter.numel() > 1 for counter in counters)
+    assert len({counter.data_ptr() for counter in counters}) == 2
 
 
 @pytest.mark.parametrize("reach, counted", [((1, 2**22), True), ((511, 0), True), ((1024, 0), False), ((0, 2**30), False)])
