@@ -100,6 +100,23 @@ def test_compile_and_export():
     torch.testing.assert_close(program.module()(x[:3]), expected[:3])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINEAR)
+def test_compiled_by_inductor(name):
+    """Forward and gradients, every epilogue; inductor may hand an operator memory in another order than eager code does."""
+    dense = linear()
+    module = SparseLinear.from_dense(dense, format=name, scale=torch.rand(33) + 0.5, activation="gelu")
+    compiled = torch.compile(lambda x, residual: module(x.sin(), residual.cos()).square(), fullgraph=True)
+    results = []
+    for run in (compiled, lambda x, residual: module(x.sin(), residual.cos()).square()):
+        generator = torch.Generator().manual_seed(3)
+        x, residual = (torch.randn(5, size, generator=generator).requires_grad_() for size in (48, 33))
+        y = run(x, residual)
+        results.append((y, *torch.autograd.grad(y.sum(), (x, residual, module.values, module.bias))))
+    for got, wanted in zip(*results):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_epilogue_in_the_module():
     dense = linear()
     scale, residual, x = torch.rand(33) + 0.5, torch.randn(4, 33), torch.randn(4, 48)

@@ -45,12 +45,14 @@ def test_gradients_equal_those_of_the_dense_product(name, activation):
     assert not got[1][padding].any()
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_torch_library_checks(name):
+@pytest.mark.parametrize("name, activation", list(zip(LINEAR, ("relu", "gelu", "silu", "none", "relu", "gelu"))))
+@pytest.mark.parametrize("full", [False, True])
+def test_torch_library_checks(name, activation, full):
     """torch.library.opcheck: schema, fake kernel, autograd registration and AOT dispatch with dynamic shapes."""
     _, packed = example(name)
     x, values = torch.randn(3, 48, requires_grad=True), packed.values.clone().requires_grad_()
-    arguments = (x, values, packed.index, None, torch.randn(33), None, 33, 48, packed.kept, list(packed.options), "relu")
+    given = [torch.randn(*shape, requires_grad=True) if full else None for shape in ((33,), (33,), (3, 33))]
+    arguments = (x, values, packed.index, *given, 33, 48, packed.kept, list(packed.options), activation)
     torch.library.opcheck(formats.linear_operator(name), arguments)
 
 
