@@ -30,10 +30,12 @@ def warps_for(height: int, pixels: int, group: int, itemsize: int) -> int:
     return 8 if height * pixels >= 128 * 64 or (group == 1 and (itemsize == 4 or height < 64)) else 4
 
 
-def registers_for(group: int, itemsize: int) -> int | None:
-    """Most registers per thread: where channels are gathered one by one ptxas makes do with 128 on sm_100 and spills a few, unless it is told
-    that it need not."""
-    return None if group > 1 else 224 if itemsize == 2 else 255
+def registers_for(group: int, itemsize: int, splits: int) -> int | None:
+    """Most registers per thread: with the most shares, and where channels are gathered one by one, ptxas makes do with 128 on sm_100 and spills a few,
+    unless it is told that it need not."""
+    if group > 1:
+        return 255 if splits == SPLITS[-1] else None
+    return 224 if itemsize == 2 else 255
 
 
 CONFIGS = tuple(
@@ -42,7 +44,7 @@ CONFIGS = tuple(
     for pixels in TILES
     for group in GROUPS
     for splits in SPLITS
-    if pixels == 64 or height == 64
+    if pixels == 64 or (height == 64 and group > 1)
 )
 
 
@@ -145,7 +147,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     y = x.new_empty(batch, *size, rows) if y is None else y
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
     blocks = order.numel()
-    tile = tile or (128 if height == 64 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
+    tile = tile or (128 if height == 64 and group > 1 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
     tiles = -(-pixels // tile)
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
     warps = warps or warps_for(height, tile, group, values.element_size())
@@ -157,6 +159,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, pixels, blocks, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
             V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group, values.element_size())}),
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group, values.element_size(), splits)}),
         )
     return y.permute(0, 3, 1, 2)

@@ -120,7 +120,7 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3,
                      "PRECISION": precision, "WIDEN": False, **EPILOGUES[ending], **blocks}
         built = build(sparse_conv_kernel, pointers, scalars, constants, capability, c["warps"], aligned=aligned,
-                      maxnreg=registers_for(c["group"], itemsize))
+                      maxnreg=registers_for(c["group"], itemsize, c["splits"]))
         yield row("sparse_conv", f"{kind} {c} {shape}", capability, built, c["warps"], c["splits"], ending, precision, kind=kind,
                   height=c["height"])
 
