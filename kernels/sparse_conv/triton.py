@@ -121,6 +121,13 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
         tl.store(y + start + target, z.to(y.dtype.element_ty), mask=mask)
 
 
+def tile_for(height: int, group: int, itemsize: int, pixels: int, blocks: int) -> int:
+    """Output pixels per program: many where 16-bit channels are gathered in groups for many pixels, few where ptxas would spill (float32 one by one)."""
+    if itemsize == 4 and group == 1 and height == HEIGHTS[-1]:
+        return 32
+    return 128 if height == 64 and group > 1 and itemsize == 2 and pixels * blocks >= 128 * 2 * 132 else 64
+
+
 def splits_for(blocks: int, tiles: int, steps: int) -> int:
     """Shares per block so that an H200 (132 multiprocessors) has two programs on each; a share keeps at least four steps."""
     splits = 1
@@ -147,7 +154,7 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     y = x.new_empty(batch, *size, rows) if y is None else y
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
     blocks = order.numel()
-    tile = tile or (128 if height == 64 and group > 1 and values.element_size() == 2 and pixels * blocks >= 128 * 2 * 132 else 64)
+    tile = tile or tile_for(height, group, values.element_size(), pixels, blocks)
     tiles = -(-pixels // tile)
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
     warps = warps or warps_for(height, tile, group, values.element_size())

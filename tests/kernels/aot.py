@@ -37,7 +37,7 @@ def run16(full: bool) -> Iterator[dict]:
     few = {"warps": 4, "splits": 2}
     # float16 with eight columns on sm_100 is where ptxas spills when it is left alone; what two_four adds to float16 may be float32.
     chosen = [(0, 0, 1, few, False, "full", "bf16", c) for c in CAPABILITIES]
-    chosen += [(1, 0, 8, few, False, "full", "fp16", c) for c in (90, 100)]
+    chosen += [(1, 0, 8, few, False, "full", "fp16", c) for c in (90, 100)] + [(1, 0, 8, CONFIGS[0], False, "full", "fp16", 80)]
     chosen += [(0, 1, 1, few, False, "full", "bf16", 90), (2, 1, 4, CONFIGS[0], False, "full", "fp32", 90),
                (0, 1, 1, {"warps": 8, "splits": 8}, True, "none", "bf16", 90), (2, 0, 8, {"warps": 8, "splits": 4}, True, "full", "fp32", 90),
                (1, 1, 8, CONFIGS[0], False, "full", "fp32", 100)]
@@ -93,7 +93,7 @@ def vector_block(full: bool) -> Iterator[dict]:
 
 
 def sparse_conv(full: bool) -> Iterator[dict]:
-    from kernels.sparse_conv.triton import CONFIGS, SPLITS, registers_for, sparse_conv_kernel, warps_for
+    from kernels.sparse_conv.triton import CONFIGS, SPLITS, registers_for, sparse_conv_kernel, tile_for, warps_for
 
     def config(height: int, pixels: int, group: int, splits: int) -> dict:
         return {"height": height, "step": 64, "pixels": pixels, "group": group, "splits": splits}
@@ -104,12 +104,15 @@ def sparse_conv(full: bool) -> Iterator[dict]:
     chosen += [("fp16", config(64, 64, 1, 4), "ieee", "full", shape, 90) for shape in shapes]
     chosen += [("fp32", config(16, 64, 8, 2), "tf32", "none", "any", 90), ("bf16", config(32, 128, 8, 8), "ieee", "full", "any", 90),
                ("bf16", config(128, 64, 16, 16), "ieee", "full", "any", 90), ("fp32", config(128, 64, 1, 8), "ieee", "full", "any", 100)]
+    # where ptxas spilled with tiles of 64 pixels
+    chosen += [("fp32", config(128, 64, 1, 16), "ieee", "full", "any", capability) for capability in (80, 90)]
     every = ((kind, c, precision, ending, shape, capability) for kind, c in itertools.product(TYPES, CONFIGS)
              for precision in precisions(kind) for ending in epilogues(c["splits"], SPLITS) for shape in shapes for capability in CAPABILITIES
              if (kind != "fp32" or c["pixels"] == 64) and (shape == "any" or ending == "full" and c["splits"] in (SPLITS[0], SPLITS[-1])))
     for kind, c, precision, ending, shape, capability in every if full else chosen:
         itemsize = 4 if kind == "fp32" else 2
-        c = {**c, "step": 128 // itemsize, "warps": warps_for(c["height"], c["pixels"], c["group"], itemsize)}
+        pixels = tile_for(c["height"], c["group"], itemsize, 1, 1) if kind == "fp32" else c["pixels"]
+        c = {**c, "step": 128 // itemsize, "pixels": pixels, "warps": warps_for(c["height"], pixels, c["group"], itemsize)}
         of_type = "*" + kind
         pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
                     "bias": of_type, "residual": of_type, "partial": "*fp32", "counter": "*i32"}
