@@ -15,10 +15,12 @@ import torch
 
 LAUNCHES = 20
 MOST_COPIES = 512
+COLD = 3  # times the second-level cache
 MIN_ROUNDS = 5
 WARM_ROUNDS = 3
-# The GPU waits so many clock cycles (about half a millisecond) before a timed graph, which the host launches meanwhile.
+# The GPU waits so many clock cycles (about half a millisecond) for every so many calls of a timed graph, which the host launches meanwhile.
 HEAD_START = 1_000_000
+HEAD_START_CALLS = 512
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,19 @@ def on_cpu(calls: Sequence[Callable[[], object]], seconds: float, rounds: int = 
     return [summarise(taken) for taken in samples]
 
 
-def copies_needed(bytes_each: int, device: torch.device) -> int:
-    """Copies of a tensor of that size that exceed three times the second-level cache, at most MOST_COPIES and half the free memory."""
+def copies_needed(bytes_each: int, device: torch.device, most: int = MOST_COPIES) -> int:
+    """Copies of a tensor of that size that exceed three times the second-level cache, at most `most` and half the free memory."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     bytes_each = max(1, bytes_each)
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(MOST_COPIES, -(-3 * cache // bytes_each), free // (2 * bytes_each)))
+    return max(1, min(most, -(-COLD * cache // bytes_each), free // (2 * bytes_each)))
+
+
+def temperature(rotated: int, device: torch.device) -> str:
+    """Where calls that go round `rotated` bytes find them: "cold" beyond three times the second-level cache, "warm" where all of them fit into
+    it, "partly warm" between, where a cache that replaces at random keeps some of them."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return "warm" if rotated <= cache else "cold" if rotated >= COLD * cache else "partly warm"
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def replay(graphs: Sequence[Captured], rounds: int = 30) -> list[Timing]:
         for captured, taken in zip(graphs, samples):
             with torch.cuda.device(captured.device):
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(HEAD_START)
+                torch.cuda._sleep(HEAD_START * -(-captured.launches // HEAD_START_CALLS))
                 start.record()
                 captured.graph.replay()
                 stop.record()

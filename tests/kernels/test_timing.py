@@ -26,6 +26,18 @@ def test_copies_exceed_three_times_the_cache(cuda):
     assert timing.copies_needed(2**20, device) == 10 and timing.copies_needed(2**30, device) == 1
 
 
+def test_more_copies_where_they_are_asked_for(cuda):
+    """150 MiB of 32 KiB are 4800 copies, which 512 would leave inside the cache."""
+    assert timing.copies_needed(2**15, torch.device("cpu"), most=8192) == 4800
+
+
+def test_what_fits_into_the_cache_is_warm(cuda):
+    """50 MiB of cache: as many bytes are warm, three times as many are cold, and between them is neither."""
+    mib = 2**20
+    assert [timing.temperature(size, torch.device("cpu")) for size in (50 * mib, 50 * mib + 1, 150 * mib - 1, 150 * mib)] == [
+        "warm", "partly warm", "partly warm", "cold"]
+
+
 def test_a_graph_goes_round_all_copies(cuda):
     """Every copy is called once to warm up, then captured at least once; a short list fills the graph."""
     for count, launches in ((3, timing.LAUNCHES), (33, 33)):
@@ -51,6 +63,13 @@ def test_replays_take_turns_and_hide_the_launch(cuda):
     assert [entry[1] for entry in cuda.log if entry[0] == "replay"] == [g.graph for g in graphs] * (2 + timing.WARM_ROUNDS)
     assert cuda.log[:4] == ["sleep", "event", ("replay", graphs[0].graph), "event"]
     assert first == timing.Timing(2000.0, 2000.0, 2000.0, 2) and second.median == 1000.0
+
+
+def test_a_longer_graph_gets_a_longer_head_start(cuda, monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    timing.replay([timing.capture([lambda: None], launches=launches) for launches in (20, 512, 513, 4096)], rounds=1)
+    assert waits[-4:] == [timing.HEAD_START * times for times in (1, 1, 2, 8)]
 
 
 def test_a_broken_capture_leaves_the_stream_and_the_pool_as_they_were(cuda):
