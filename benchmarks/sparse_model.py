@@ -27,6 +27,7 @@ from kernels import sparsify, timing
 from kernels.table import device_name
 
 CASE_SECONDS = 3600.0
+SLACK = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}  # for networks whose dense error is next to nothing
 CHECKED = 8  # images whose outputs are compared with float64
 SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 CASES = {"cifar": (10, 32, {"vgg16": "vgg16", "resnet50": "torchvision/resnet50"}),
@@ -57,7 +58,7 @@ def measure(name: str, classes: int, size: int, sparsity: float, batch: int, dev
         sparse, report = sparsify(model, x, seconds=seconds)
         expected = copy.deepcopy(model).double()(x[:CHECKED].double())
         errors = [_timing.error(network(x)[:CHECKED], expected) for network in (model, sparse)]
-        if not errors[1] <= 2 * errors[0] + _timing.TOLERANCE[x.dtype] / 10:
+        if not errors[1] <= 2 * errors[0] + SLACK[x.dtype]:
             return {"wrong": errors[1], "dense_error": errors[0]}
         if x.is_cuda:
             before, after = timing.on_cuda([[lambda: model(x)], [lambda: sparse(x)]], launches=measuring.NETWORK_LAUNCHES)

@@ -73,13 +73,30 @@ def test_a_result_file_is_complete_or_as_before(tmp_path, monkeypatch):
 
 def test_float32_may_be_rounded_where_torch_allows_it(monkeypatch):
     """TF32 keeps 10 bits of 23: about 3e-4, which is no fault of the dense side where the flags allow it, and one where they do not."""
-    y = type("Tensor", (), {"is_cuda": True, "dtype": torch.float32})()
+    y = type("Tensor", (), {"is_cuda": True, "dtype": torch.float32, "ndim": 2})()
     monkeypatch.setattr(precision, "convolutions_in_tf32", lambda: True)
     monkeypatch.setattr(precision, "products_in_tf32", lambda: False)
     assert 3e-4 < _timing.tolerance(y) < 1e-2
     monkeypatch.setattr(precision, "convolutions_in_tf32", lambda: False)
-    assert _timing.tolerance(y) == 1e-4
-    assert _timing.tolerance(torch.zeros(1)) == 1e-4 and _timing.tolerance(torch.zeros(1, dtype=torch.bfloat16)) == 3e-2
+    assert _timing.tolerance(y) == 1e-5
+
+
+def test_tolerances_are_those_of_sums_in_float32():
+    """A product that adds in its own data type is further off; images may come from Winograd's algorithm, except in bfloat16."""
+    kinds = torch.float32, torch.float16, torch.bfloat16
+    assert [_timing.tolerance(torch.zeros(1, 1, dtype=kind)) for kind in kinds] == [1e-5, 1e-3, 8e-3]
+    assert [_timing.tolerance(torch.zeros(1, 1, 1, 1, dtype=kind)) for kind in kinds] == [1e-4, 5e-3, 8e-3]
+    exact = torch.randn(64, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for kind in kinds[1:]:
+        once = exact.to(kind)
+        twice = (exact - exact.roll(1)).to(kind) + exact.roll(1).to(kind)
+        in_kind = sum((part.to(kind) for part in exact.split(1, 1)), torch.zeros(64, 1, dtype=kind))
+        assert _timing.fault(once, exact) is None and _timing.fault(twice, exact) is None
+        assert _timing.fault(in_kind, exact.sum(1, keepdim=True)) is not None
+
+
+def test_a_result_of_another_shape_is_wrong():
+    assert _timing.fault(torch.ones(1, 3), torch.ones(3, dtype=torch.float64)) == "wrong by inf"
 
 
 def test_measuring_that_fails_is_a_failed_side(monkeypatch):
