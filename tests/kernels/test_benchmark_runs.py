@@ -72,11 +72,14 @@ def test_a_result_file_is_complete_or_as_before(tmp_path, monkeypatch):
 
 
 def test_float32_may_be_rounded_where_torch_allows_it(monkeypatch):
-    """TF32 keeps 10 bits of 23: about 3e-4, which is no fault of the dense side where the flags allow it, and one where they do not."""
+    """TF32 keeps 10 bits of 23: 3e-4 to 8e-4, which is no fault of the dense side where the flags allow it, and one where they do not."""
     y = type("Tensor", (), {"is_cuda": True, "dtype": torch.float32, "ndim": 2})()
     monkeypatch.setattr(precision, "convolutions_in_tf32", lambda: True)
     monkeypatch.setattr(precision, "products_in_tf32", lambda: False)
-    assert 3e-4 < _timing.tolerance(y) < 1e-2
+    assert _timing.tolerance(y) == 1e-3
+    y.ndim = 4
+    assert _timing.tolerance(y) == 2e-3
+    y.ndim = 2
     monkeypatch.setattr(precision, "convolutions_in_tf32", lambda: False)
     assert _timing.tolerance(y) == 1e-5
 
