@@ -202,21 +202,25 @@ def plot(path: Path, title: str, curves: dict[str, list[tuple[float, float]]], b
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, points in curves.items():
+    figure, axes = pyplot.subplots(figsize=(7.5, 4))
+    colours = matplotlib.color_sequences["tab10"]
+    for number, (name, points) in enumerate(curves.items()):
         ordered = sorted(points)
-        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], marker="o", label=name)
+        # The second ten curves have the colours of the first.
+        style = {"marker": "o", "linestyle": "-"} if number < len(colours) else {"marker": "s", "linestyle": ":"}
+        axes.plot([p[0] for p in ordered], [p[1] for p in ordered], label=name, color=colours[number % len(colours)], markersize=4, **style)
     axes.axhline(1, color="black", linewidth=0.8)
+    sparsities = sorted({p[0] for points in curves.values() for p in points})
     if bound is not None:
-        sparsities = sorted({p[0] for points in curves.values() for p in points})
-        axes.plot(sparsities, [bound(s) for s in sparsities], linestyle="--", color="grey", label="byte bound")
-    axes.set(title=title, xlabel="sparsity", ylabel="dense time / sparse time", yscale="log")
+        axes.plot(sparsities, [bound(s) for s in sparsities], linestyle="--", color="black", linewidth=1, label="byte bound\n(weight only)")
+    axes.set(title=title, xlabel="sparsity", ylabel="dense time / sparse time", yscale="log", xticks=sparsities)
     # A log axis labels powers of ten only, and most ratios lie between two of them.
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(True, axis="y", linewidth=0.3)
-    axes.legend(fontsize=8)
+    # Curves start left and end right: a legend among them hides some.
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,16 +1,19 @@
 """Sparse forms of masked layers against dense on this CPU, float32, single thread unless --threads says otherwise.
 
-    python -m benchmarks.kernels_cpu [--seconds 1.0] [--batches 1 128] [--quick]
+    python -m benchmarks.kernels_cpu [--seconds 1.0] [--batches 1 128] [--quick] [--redraw]
 
 Run it from the project's folder. Rivals in the same run, interleaved: torch's dense product or convolution on the masked weight, MKL CSR
 through torch, scipy CSR, and the compiled
-CSR kernel. A form whose result is wrong shows no speed. Writes results/kernels_cpu.json and one plot per group of layers.
+CSR kernel. A form whose result is wrong shows no speed. Writes results/kernels_cpu.json and one plot per group of layers; the byte bound in
+them is what one could gain by reading less: bytes of the dense weight over those of CSR. It binds where weights come from memory (few columns,
+large layers) and says nothing where the multiply-adds take longer.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +91,13 @@ def convolution_rows(seconds: float, batches: tuple[int, ...], quick: bool, most
     return rows
 
 
-def plots(rows: list[dict]) -> None:
-    """One picture per kind and batch: the compiled kernel's ratio for every layer."""
+def byte_bound(sparsity: float) -> float:
+    """Bytes of a dense float32 weight over those of CSR, which stores a 32-bit column with every kept weight; row pointers left out."""
+    return 4 / ((4 + 4) * (1 - sparsity))
+
+
+def plots(rows: list[dict], folder: Path = _timing.RESULTS) -> None:
+    """One picture per kind and batch: the ratio of the fastest sparse form for every layer, and the byte bound."""
     for kind in ("linear", "conv"):
         for columns in sorted({r["columns"] for r in rows if r["kind"] == kind}):
             curves: dict[str, list[tuple[float, float]]] = {}
@@ -98,8 +106,8 @@ def plots(rows: list[dict]) -> None:
                     best = max((t["ratio"] for n, t in r["times"].items() if "ratio" in t and n != "dense"), default=None)
                     if best is not None:
                         curves.setdefault(r["name"], []).append((r["sparsity"], best))
-            title = f"{kind}, {'columns' if kind == 'linear' else 'batch'} {columns}: best sparse form, CPU float32"
-            _timing.plot(_timing.RESULTS / f"kernels_cpu_{kind}_{columns}.png", title, curves)
+            title = f"{kind}, {'N' if kind == 'linear' else 'batch'} {columns}: fastest sparse form, CPU float32"
+            _timing.plot(folder / f"kernels_cpu_{kind}_{columns}.png", title, curves, byte_bound)
 
 
 def main() -> None:
@@ -109,7 +117,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 128], help="batch sizes of the convolutions")
     parser.add_argument("--most-macs", type=float, default=4e9, help="leave out convolutions with more multiply-accumulates")
     parser.add_argument("--quick", action="store_true", help="a few layers only")
+    parser.add_argument("--redraw", action="store_true", help="measure nothing: draw the plots from the results that are there")
     options = parser.parse_args()
+    if options.redraw:
+        plots(_timing.read("kernels_cpu"))
+        return
     torch.set_num_threads(options.threads)
     with torch.no_grad():
         rows = linear_rows(options.seconds, options.quick) + convolution_rows(options.seconds, tuple(options.batches), options.quick,
