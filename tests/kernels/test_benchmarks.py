@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import _timing
+from benchmarks import _cases, _own, _rivals, _sides, _timing
 from benchmarks import kernels as gpu
 from kernels import SparseLinear, formats, timing
 
@@ -47,7 +47,7 @@ def test_byte_bound_of_run16():
 
 @pytest.mark.parametrize("pattern, height, width", [("random", 1, 1), ("vectors", 64, 1), ("blocks", 64, 64), ("panels", 64, 16)])
 def test_masks_have_their_pattern_and_sparsity(pattern, height, width):
-    mask = gpu.mask(640, 2048, 0.7, pattern, torch.Generator().manual_seed(0))
+    mask = _cases.mask(640, 2048, 0.7, pattern, torch.Generator().manual_seed(0))
     cells = mask.view(640 // height, height, 2048 // width, width)
     assert torch.equal(cells.any(3).any(1), cells.all(3).all(1))
     assert float(mask.float().mean()) == pytest.approx(0.3, abs=0.06)
@@ -59,44 +59,53 @@ def test_gpu_benchmark_says_what_is_missing():
     assert done.returncode == 1 and "needs an NVIDIA GPU and none was found" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_every_side_of_the_gpu_benchmark_computes_the_same(monkeypatch):
-    """The benchmark's cases on the CPU path (every call runs once): each form that can run here must agree with float64."""
-    def once(calls, rounds=30):
+@pytest.fixture
+def once(monkeypatch):
+    """The benchmark's cases on the CPU path: every call of every copy runs once."""
+    def timed(calls, rounds=30):
         return [timing.Timing(float(len(alternatives)), 1.0, 1.0, len([call() for call in alternatives])) for alternatives in calls]
 
-    monkeypatch.setattr(timing, "on_cuda", once)
+    monkeypatch.setattr(timing, "on_cuda", timed)
     monkeypatch.setattr(timing, "capture", lambda calls: calls)
-    monkeypatch.setattr(timing, "replay", once)
-    monkeypatch.setattr(timing, "copies_needed", lambda size, device: 2)
+    monkeypatch.setattr(timing, "replay", timed)
+    monkeypatch.setattr(timing, "copies_needed", lambda size, device, most: 2)
+    monkeypatch.setattr(timing, "temperature", lambda rotated, device: "cold")
+
+
+def test_every_side_of_the_gpu_benchmark_computes_the_same(once):
+    """Each form that can run here must agree with float64."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        random = gpu.Matrix(128, 256, 0.8, "random", torch.float32, generator).measure(8, peers=True)
+        random = _cases.Matrix(128, 256, 0.8, "random", torch.float32, generator).measure(8, True, 9.0)
         assert {name for name, side in random.items() if "us" in side} == {"dense", "run16 nibbles", "run16 bytes", "torch CSR"}
-        wide = gpu.Matrix(128, 256, 0.8, "random", torch.bfloat16, generator).measure(64, peers=False)
+        wide = _cases.Matrix(128, 256, 0.8, "random", torch.bfloat16, generator).measure(64, False, 9.0)
         assert {name for name, side in wide.items() if "us" in side} == {"dense", "two_four"}
-        blocks = gpu.Matrix(128, 256, 0.8, "blocks", torch.float32, generator).measure(64, peers=True)
+        blocks = _cases.Matrix(128, 256, 0.8, "blocks", torch.float32, generator).measure(64, True, 9.0)
         assert {name for name, side in blocks.items() if "us" in side} >= {"dense", "vector_block 64", "vector_block 128"}
-        conv = gpu.convolution_case(16, 64, 3, 6, 1, 0.8, "panels", torch.float32, generator)
+        conv = _cases.convolution_case(16, 64, 3, 6, 1, 0.8, "panels", torch.float32, generator, 9.0)
         assert {name for name, side in conv.items() if "us" in side} == {"dense", "sparse_conv 64", "sparse_conv 128", "sparse_conv 64, full list"}
+        assert all(side["copies"] == 2 and side["cache"] == "cold" for side in conv.values())
 
 
-def test_bytes_of_every_side(monkeypatch):
-    """What a product reads and writes, by hand: dense, CSR with 64-bit indices, vector blocks with their lists, and 9 bits of 16 for 2:4."""
-    monkeypatch.setattr(timing, "copies_needed", lambda size, device: 1)
-    matrix = gpu.Matrix(128, 256, 0.5, "vectors", torch.bfloat16, torch.Generator().manual_seed(0))
+def test_bytes_of_every_side(once, monkeypatch):
+    """What a product reads and writes, by hand: dense, CSR with 32- or 64-bit indices, vector blocks with their lists, and 9 bits of 16 for 2:4."""
+    matrix = _cases.Matrix(128, 256, 0.5, "vectors", torch.bfloat16, torch.Generator().manual_seed(0))
     layer, x = matrix.layer, torch.ones(8, 256, dtype=torch.bfloat16)
+    expected = x.double() @ layer.weight.double().t()
     kept = int((layer.weight != 0).sum())
-    assert gpu.dense(layer, x).weight_bytes == 128 * 256 * 2
-    assert gpu.torch_csr(layer, x).weight_bytes == kept * 10 + 129 * 8
+    assert _rivals.dense(layer, x).weight_bytes == 128 * 256 * 2
+    csr = _rivals.torch_csr(layer.float(), x.float(), expected, 9.0)
+    bits = int(csr.facts["settings"][:2])
+    assert csr.weight_bytes == kept * (4 + bits // 8) + 129 * bits // 8
+    layer.to(torch.bfloat16)
     form = SparseLinear.from_dense(layer, format="vector_block", height=64)
-    assert gpu.weight_bytes(form.packed) == form.values.numel() * 2 + form.values.shape[0] * form.values.shape[1] * 4 + 3 * 4 + 2 * 4
+    assert _own.weight_bytes(form.packed) == form.values.numel() * 2 + form.values.shape[0] * form.values.shape[1] * 4 + 3 * 4 + 2 * 4
     two_four = SparseLinear.from_dense(layer, format="two_four")
-    assert gpu.weight_bytes(two_four.packed) - formats.pack("two_four", layer.weight).bytes == 0
-    side = gpu.Side([lambda: layer(x)], 1000)
-    monkeypatch.setattr(timing, "capture", lambda calls: calls)
+    assert _own.weight_bytes(two_four.packed) - formats.pack("two_four", layer.weight).bytes == 0
+    side = _sides.Side([lambda: layer(x)], 1000)
     monkeypatch.setattr(timing, "replay", lambda graphs: [timing.Timing(2.0, 1.0, 3.0, 5)])
-    times = gpu.compare({"dense": lambda: side}, x, x.double() @ layer.weight.double().t())
-    gpu.describe(times, 100.0)
+    times = _sides.compare({"dense": lambda: side}, x, expected)
+    _sides.describe(times, 100.0)
     assert times["dense"]["bytes"] == 1000 + 8 * 256 * 2 + 8 * 128 * 2
     assert times["dense"]["gb_s"] == pytest.approx(times["dense"]["bytes"] / 2e3) and times["dense"]["share_of_copy"] == times["dense"]["gb_s"] / 100
 
@@ -123,4 +132,4 @@ def test_cases_that_were_measured_are_skipped():
     facts = list(gpu.cases(options, {("linear", "3072x768", 1, "random", 0.9)}))
     assert [(f["pattern"], f["columns"]) for f in facts] == [("random", 8), *((p, n) for p in ("vectors", "blocks") for n in (1, 8))]
     assert facts[0] == {"kind": "linear", "name": "3072x768", "columns": 8, "pattern": "random", "sparsity": 0.9}
-    assert len(list(gpu.cases(gpu.arguments(["--part", "conv"]), set()))) == len(gpu.CONVOLUTIONS) * 5 * 2 * 2
+    assert len(list(gpu.cases(gpu.arguments(["--part", "conv"]), set()))) == len(_cases.CONVOLUTIONS) * 5 * 2 * 2
