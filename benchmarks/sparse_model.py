@@ -7,7 +7,7 @@ Every convolution and linear layer except the first is masked to the same sparsi
 values, only on where zeros are; smallest magnitudes are removed). Both networks are timed in turns in one process. On a GPU the weights are
 bfloat16 and channels_last, and cuDNN searches for its fastest algorithms. The sparse network's error against float64 may be twice the dense
 one's. Writes sparse_model_<device>.json after every row and a plot per case at the end; rows that the file holds of the same machine and
-versions are not measured again (failed ones are with `--retry`).
+versions, those of this project's kernels included, are not measured again (failed ones are with `--retry`), others are replaced.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from compress.siblings import own
 from kernels import measure as measuring
 from kernels import sparsify, timing
 from kernels.table import device_name
+from kernels.version import version
 
 CASE_SECONDS = 3600.0
+FACTS = ("model", "case", "batch", "sparsity")
 SLACK = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}  # for networks whose dense error is next to nothing
 CHECKED = 8  # images whose outputs are compared with float64
 SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -98,7 +100,9 @@ def main() -> None:
     worker = Worker(measure_job, CASE_SECONDS) if device.type == "cuda" else None
     name = f"sparse_model_{device.type}"
     rows = [row for row in _timing.read(name, options.out) if not (options.retry and "failed" in row)]
-    known = {tuple(row[key] for key in ("model", "case", "batch", "sparsity")) for row in _timing.of_machine(rows, device)}
+    # What a network becomes depends on the whole package: on its kernels and on what chooses among them.
+    kernels = version()
+    known = {tuple(row[key] for key in FACTS) for row in _timing.of_machine(rows, device) if row.get("kernels") == kernels}
     for case in options.cases:
         classes, size, names = CASES[case]
         for model in options.models:
@@ -106,11 +110,11 @@ def main() -> None:
                 for sparsity in options.sparsities:
                     if (model, case, batch, sparsity) in known:
                         continue
-                    row = {"machine": device_name(device), "model": model, "case": case, "batch": batch, "sparsity": sparsity}
+                    facts = {"machine": device_name(device), "model": model, "case": case, "batch": batch, "sparsity": sparsity}
                     job = {"network": names[model], "classes": classes, "size": size, "sparsity": sparsity, "batch": batch,
                            "device": options.device, "seconds": options.seconds, "threads": options.threads}
-                    row |= worker.run(job) if worker is not None else guarded(measure_job, job)
-                    rows.append(row)
+                    row = facts | {"kernels": kernels} | (worker.run(job) if worker is not None else guarded(measure_job, job))
+                    rows = [r for r in rows if any(r.get(key) != value for key, value in facts.items())] + [row]
                     print(row, flush=True)
                     _timing.write(name, device, rows, options.out)
     if worker is not None:

@@ -46,8 +46,9 @@ def _imported(path: Path, root: Path) -> list[Path]:
 
 @functools.cache
 def version(*formats: str) -> str:
-    """Twelve hexadecimal digits that change with any source file of these formats."""
+    """Twelve hexadecimal digits that change with any source file of these formats; without formats, of the package."""
     digest = hashlib.sha256()
-    for path in sorted({path for format in formats for path in sources(format)}):
+    found = {path for format in formats for path in sources(format)} if formats else {*ROOT.rglob("*.py"), *ROOT.rglob("*.c")}
+    for path in sorted(found):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -162,3 +162,14 @@ def test_failed_rows_are_kept_and_retried_on_request(tiny, monkeypatch):
         assert len(calls) == count
         (row,) = json.loads((tiny / "sparse_model_cpu.json").read_text())["rows"]
         assert row["failed"] == "RuntimeError: out of memory" and row["machine"] == device_name(CPU)
+
+
+def test_networks_are_measured_again_after_the_kernels_changed(tiny, monkeypatch):
+    given = ["sparse_model", "--device", "cpu", "--cases", "cifar", "--models", "vgg16", "--batches", "1", "--sparsities", "0.5", "--out", str(tiny)]
+    monkeypatch.setattr(sys, "argv", given)
+    for kernels, seconds in (("a", 1.0), ("a", 2.0), ("b", 3.0)):
+        monkeypatch.setattr(sparse_model, "version", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(sparse_model, "measure", lambda *job, seconds=seconds: {"after_ms": seconds})
+        sparse_model.main()
+        (row,) = json.loads((tiny / "sparse_model_cpu.json").read_text())["rows"]
+        assert (row["kernels"], row["after_ms"]) == (("a", 1.0) if kernels == "a" else ("b", 3.0))
