@@ -227,7 +227,7 @@ def test_rows_say_where_the_weights_came_from(cuda, monkeypatch):
     """50 MiB of cache: 8192 copies of 4 KiB are 32 MiB, of 8 KiB 64 MiB, of 32 KiB more than 150 MiB; x and y count, too."""
     def rows(weight_bytes: int, columns: int) -> dict:
         x, y = torch.zeros(columns, 8), torch.zeros(columns, 4)
-        side = _sides.Side([lambda: y] * timing.copies_needed(weight_bytes, x.device, _sides.MOST_COPIES), weight_bytes)
+        side = _sides.Side(_sides.copies(lambda: lambda: y, weight_bytes, x.device), weight_bytes)
         # Only the first copy is called, as if the graph were there already.
         monkeypatch.setattr(timing, "capture", lambda calls: None)
         monkeypatch.setattr(timing, "replay", lambda graphs: [timing.Timing(1.0, 1.0, 1.0, 1)])
