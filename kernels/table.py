@@ -7,8 +7,6 @@ autocast, cuDNN's search, density and pattern of the mask. It says nothing about
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -22,9 +20,9 @@ from torch import Tensor, nn
 from . import cache, precision
 from .sparse_conv.reference import channels_last
 from .vector_block.reference import kept_columns
+from .version import version
 
 FILE = "kernels.json"
-SOURCES = (".py", ".c")
 GROUP = 16  # input channels of one entry of a sparse convolution
 RUN = 16  # kept weights of one run
 
@@ -64,7 +62,7 @@ def layer_key(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], last: bool, 
         geometry = f"conv {tuple(weight.shape)} {layer.stride} {layer.padding} {layer.dilation}"
         if layer.in_channels % GROUP == 0:
             pattern += f" panels 64x{GROUP} {kept_columns(channels_last(mask, layer.kernel_size), 64, GROUP):.2f}"
-    on = f"{device_name(weight.device)} kernels {kernels_version()} | {geometry} on {shape}{' channels_last' if last else ''}"
+    on = f"{device_name(weight.device)} kernels {version()} | {geometry} on {shape}{' channels_last' if last else ''}"
     state = settings(weight.device, weight.dtype, isinstance(layer, nn.Conv2d))
     return f"{on} | {state} | density {density:.2f} | {pattern}"
 
@@ -80,21 +78,6 @@ def settings(device: torch.device, dtype: torch.dtype, convolution: bool) -> str
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         found.append(f"autocast {torch.get_autocast_dtype(device.type)}")
     return " ".join(found)
-
-
-@functools.cache
-def kernels_version() -> str:
-    """Short hash of this package's sources: a changed kernel has other times. The same as long as the process lives."""
-    return version_of(Path(__file__).parent)
-
-
-def version_of(folder: Path) -> str:
-    """Short hash of the names and contents of all sources in `folder`."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SOURCES):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
-    return digest.hexdigest()[:12]
 
 
 def _skew(mask: Tensor) -> float:

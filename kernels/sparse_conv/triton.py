@@ -121,9 +121,9 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
         tl.store(y + start + target, z.to(y.dtype.element_ty), mask=mask)
 
 
-def tile_for(height: int, group: int, itemsize: int, pixels: int, blocks: int) -> int:
+def tile_for(height: int, group: int, itemsize: int, rounding: str, pixels: int, blocks: int) -> int:
     """Output pixels per program: many where 16-bit channels are gathered in groups for many pixels, few where ptxas would spill (float32 one by one)."""
-    if itemsize == 4 and group == 1 and height == HEIGHTS[-1]:
+    if itemsize == 4 and rounding == "ieee" and group == 1 and height == HEIGHTS[-1]:
         return 32
     return 128 if height == 64 and group > 1 and itemsize == 2 and pixels * blocks >= 128 * 2 * 132 else 64
 
@@ -154,12 +154,12 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
     y = x.new_empty(batch, *size, rows) if y is None else y
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
     blocks = order.numel()
-    tile = tile or tile_for(height, group, values.element_size(), pixels, blocks)
+    rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
+    tile = tile or tile_for(height, group, values.element_size(), rounding, pixels, blocks)
     tiles = -(-pixels // tile)
     splits = splits or splits_for(blocks, tiles, total // max(1, blocks))
     warps = warps or warps_for(height, tile, group, values.element_size())
     partial, counter = device.shares(x, splits, blocks * height * tiles * tile, blocks * tiles)
-    rounding = "tf32" if values.dtype == torch.float32 and precision.products_in_tf32() else "ieee"
     with torch.cuda.device_of(x):
         sparse_conv_kernel[(blocks * tiles, splits)](
             source, values, kept, step_ptr, order, y, y if scale is None else scale, y if bias is None else bias, added, partial, counter,

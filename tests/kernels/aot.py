@@ -111,7 +111,7 @@ def sparse_conv(full: bool) -> Iterator[dict]:
              if (kind != "fp32" or c["pixels"] == 64) and (shape == "any" or ending == "full" and c["splits"] in (SPLITS[0], SPLITS[-1])))
     for kind, c, precision, ending, shape, capability in every if full else chosen:
         itemsize = 4 if kind == "fp32" else 2
-        pixels = tile_for(c["height"], c["group"], itemsize, 1, 1) if kind == "fp32" else c["pixels"]
+        pixels = tile_for(c["height"], c["group"], itemsize, precision, 1, 1) if kind == "fp32" else c["pixels"]
         c = {**c, "step": 128 // itemsize, "pixels": pixels, "warps": warps_for(c["height"], pixels, c["group"], itemsize)}
         of_type = "*" + kind
         pointers = {"x": of_type, "values": of_type, "kept": "*i32", "step_ptr": "*i32", "order": "*i32", "y": of_type, "scale": of_type,
