@@ -5,6 +5,8 @@ grad_n = sum_t g_t a_t^T [g, d], over all positions and all calls of a layer, in
     EKFAC  s = E_n[(Q_G^T grad_n Q_A)^2]   (George et al. 2018)
 This is the diagonal of the exact Fisher block in the Kronecker-factored eigenbasis, hence its trace is exact and no diagonal in this basis
 is nearer to the block.
+All calls of a shared layer are taken to see the images in the same order; a network that flips the batch between two calls of one layer mixes
+images up, which cannot be told from the values.
 """
 
 from __future__ import annotations
