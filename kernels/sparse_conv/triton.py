@@ -124,7 +124,7 @@ def sparse_conv_kernel(x, values, kept, step_ptr, order, y, scale, bias, residua
 def tile_for(height: int, group: int, itemsize: int, rounding: str, pixels: int, blocks: int) -> int:
     """Output pixels per program: many where 16-bit channels are gathered in groups for many pixels, few where ptxas would spill (float32 one by one)."""
     if itemsize == 4 and rounding == "ieee" and group == 1 and height == HEIGHTS[-1]:
-        return 32
+        return 16
     return 128 if height == 64 and group > 1 and itemsize == 2 and pixels * blocks >= 128 * 2 * 132 else 64
 
 
