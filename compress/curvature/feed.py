@@ -42,13 +42,18 @@ def find_layers(model: nn.Module, layers: Iterable[str] | None = None) -> dict[s
 def unpack(batch: Any) -> tuple[tuple, Tensor | None, int]:
     """(positional arguments, labels, images) of a batch: a tensor, (inputs,), or (inputs, labels) with a tensor or tuple of inputs."""
     batch = differentiable(batch)
-    if not isinstance(batch, (Tensor, tuple, list)):
-        raise UserError(f"A calibration batch is a {type(batch).__name__}; expected a tensor of inputs, or (inputs, labels) with a tensor or a tuple of inputs.")
-    inputs, labels = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1] if len(batch) > 1 else None)
-    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    inputs, labels = (batch, None) if isinstance(batch, Tensor) else (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (None, None)
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
+    if not arguments or not isinstance(arguments[0], Tensor):
+        raise UserError(f"A calibration batch is {_kind(batch)}; expected a tensor of inputs, or (inputs, labels) with a tensor or a tuple of inputs.")
     # gradients that inputs ask for are not wanted here
     arguments = tuple(part.detach() if isinstance(part, Tensor) else part for part in arguments)
     return arguments, labels, arguments[0].shape[0]
+
+
+def _kind(batch: Any) -> str:
+    """The types in a batch that cannot be used: "a dict", "(dict, Tensor)"."""
+    return f"({', '.join(type(part).__name__ for part in batch)})" if isinstance(batch, (tuple, list)) else f"a {type(batch).__name__}"
 
 
 def forward(model: nn.Module, arguments: tuple) -> Tensor:

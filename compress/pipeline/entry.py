@@ -133,12 +133,7 @@ def _change(job: Job, base: Base, entry: _Entry, phase: Phase, folder: Path, mod
     else:
         context, state, spent = _scored(job, base, entry, model, example, plan.meta)
         started = time.perf_counter()
-    try:
-        done = phase.change(entry.method, result, context, state, config.prune.budget)
-    except UserError as error:
-        if config.prune.budget != "latency":  # every other budget was checked before the run began
-            raise
-        raise Unreachable(f"{entry.name}: {error}") from error
+    done = phase.change(entry.method, result, context, state, config.prune.budget)
     if config.prune.reconstruction_images:
         images = job.data.calibration(config.prune.reconstruction_images, config.prune.calibration_batch_size, torch.Generator().manual_seed(entry.seed))
         reconstruct(result, base.model, plan.steps + done.steps, images, example, exclude=config.prune.exclude)

@@ -9,6 +9,7 @@ from torch import nn
 
 from compress import methods
 from compress.config import Config, FinetuneConfig
+from compress.errors import Unreachable, UserError
 from compress.methods import Context
 from compress.plan import Plan
 from compress.schedule import sparsity_at
@@ -33,10 +34,15 @@ class Phase:
         return finetune.model_copy(update={"lr": finetune.lr * self.lr_factor, **own})
 
     def change(self, method: str, model: nn.Module, context: Context, state: Any, quantity: str) -> Plan:
-        """Cut or grow `model`, in place."""
+        """Cut or grow `model`, in place. Unreachable: a latency that measuring shows to be out of reach; every other budget was checked before."""
         if self.ratio is None:
             return methods.method(method).regrow(model, context)
-        return methods.carry_out(method, model, context, state, {quantity: self.ratio})
+        try:
+            return methods.carry_out(method, model, context, state, {quantity: self.ratio})
+        except UserError as error:
+            if quantity != "latency":
+                raise
+            raise Unreachable(str(error)) from error
 
     def ends(self, plan: Plan) -> bool:
         """Whether no further round is needed after this one, which made `plan`."""

@@ -23,7 +23,7 @@ from compress.api import ranks
 from compress.config import Config
 from compress.config_file import to_json
 from compress.data import load_data
-from compress.errors import RunError, Unreachable, UserError, cause
+from compress.errors import RunError, Unreachable, cause
 from compress.pipeline.bench import measure
 from compress.pipeline.checks import check, pick_device
 from compress.pipeline.entry import entry_name, entry_stage, plan_effect, saved_latency
@@ -88,7 +88,7 @@ def _run(config: Config, output_dir: Path, mode: Mode, log: Log, dist: Dist) -> 
             try:
                 entries.append(entry_stage(job, base, method, ratio, seed))
             except Unreachable as error:
-                refused.append(str(error))
+                refused.append(f"{entry_name(config, method, ratio, seed)}: {error}")
                 log(refused[-1])
         if not dist.is_main:  # and without an error: torchrun would end the first process, which still measures and reports
             return folder.path
@@ -139,9 +139,7 @@ def _dry_run(config: Config, log: Log) -> list[dict[str, Any]]:
     for seed, method, ratio in _entries(config):
         try:
             row, model = plan_effect(config, prepared, data, method, ratio, seed)
-        except UserError as error:
-            if config.prune.budget != "latency":
-                raise
+        except Unreachable as error:
             refused.append(f"{entry_name(config, method, ratio, seed)}: {error}")
             log(refused[-1])
             continue

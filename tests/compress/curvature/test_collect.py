@@ -13,21 +13,20 @@ from tests.compress.curvature.nets import convnet, mlp, randn
 from tests.oracles.curvature import ggn_block
 
 
-def same(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name].A, right[name].A, **tolerance)
-        torch.testing.assert_close(left[name].G, right[name].G, **tolerance)
-        if left[name].second is not None:
-            torch.testing.assert_close(left[name].second, right[name].second, **tolerance)
+def differing(left, right, rtol=1e-7, atol=1e-7):
+    """Which statistics of which layers are not the same in both."""
+    if left.keys() != right.keys():
+        return sorted(left.keys() ^ right.keys())
+    pairs = {(name, kind): (getattr(left[name], kind), getattr(right[name], kind)) for name in left for kind in ("A", "G", "second")}
+    return [place for place, (a, b) in pairs.items() if (a is None) != (b is None) or a is not None and not torch.allclose(a.double(), b.double(), rtol=rtol, atol=atol)]
 
 
 @pytest.mark.parametrize("patch", ["full", "channel", "pixel"])
 def test_splitting_and_order_of_the_images_do_not_matter(patch):
     net, x = convnet(), randn(7, 2, 8, 9)
     whole = collect(net, [x], fisher="exact", patch=patch, ekfac=True)
-    same(whole, collect(net, [x[:3], x[3:6], x[6:]], fisher="exact", patch=patch, ekfac=True))
-    same(whole, collect(net, [x.flip(0)], fisher="exact", patch=patch, ekfac=True))
+    assert not differing(whole, collect(net, [x[:3], x[3:6], x[6:]], fisher="exact", patch=patch, ekfac=True))
+    assert not differing(whole, collect(net, [x.flip(0)], fisher="exact", patch=patch, ekfac=True))
     assert whole["0"].n == 7 and whole["0"].positions == 72
 
 
@@ -102,7 +101,7 @@ def test_a_layer_called_twice_counts_all_its_positions_and_its_whole_gradient():
 
 
 def test_in_place_activations_give_the_same_statistics():
-    same(*(collect(convnet(in_place=flag), [randn(4, 2, 8, 9)], fisher="exact", ekfac=True) for flag in (True, False)))
+    assert not differing(*(collect(convnet(in_place=flag), [randn(4, 2, 8, 9)], fisher="exact", ekfac=True) for flag in (True, False)))
 
 
 def test_a_relu_in_place_directly_behind_the_first_layer_is_seen_before_it():
@@ -171,8 +170,8 @@ def test_training_mode_uses_the_statistics_of_the_batch():
 
 def test_the_loss_reduction_of_the_user_does_not_enter_and_repeats_are_equal():
     net, x = mlp(), randn(6, 4)
-    same(collect(net, [x]), collect(net, [x]))
-    same(collect(net, [x], fisher="exact"), collect(net, [torch.cat([x, x])], fisher="exact"))
+    assert not differing(collect(net, [x]), collect(net, [x]))
+    assert not differing(collect(net, [x], fisher="exact"), collect(net, [torch.cat([x, x])], fisher="exact"))
 
 
 def test_sampled_positions_are_unbiased():
@@ -189,7 +188,7 @@ def test_sampled_positions_are_unbiased():
             # every entry within 5 standard errors of the exact one
             assert ((values.mean(0) - exact).abs() <= 5 * error + 1e-9).all()
     everything = collect(net, [x], fisher="exact", positions=72)
-    same(full, everything)
+    assert not differing(full, everything)
 
 
 def test_moving_average_weighs_later_batches_more():
@@ -197,7 +196,7 @@ def test_moving_average_weighs_later_batches_more():
     parts = [collect(net, [x[i:i + 2]], fisher="exact")["0"].A for i in (0, 2, 4)]
     moved = collect(net, [x[:2], x[2:4], x[4:]], fisher="exact", decay=0.5)["0"].A
     torch.testing.assert_close(moved, (parts[0] / 4 + parts[1] / 2 + parts[2]) / 1.75)
-    same(collect(net, [x[:2], x[2:]], fisher="exact", decay=1.0), collect(net, [x], fisher="exact"))
+    assert not differing(collect(net, [x[:2], x[2:]], fisher="exact", decay=1.0), collect(net, [x], fisher="exact"))
 
 
 def test_linear_layers_on_sequences_and_networks_of_several_inputs():
@@ -242,7 +241,7 @@ def test_float32_agrees_with_float64():
     single = collect(copy.deepcopy(net).float(), [x.float()], fisher="exact")
     double = collect(net, [x], fisher="exact")
     assert single["0"].A.dtype == torch.float64
-    same(double, single, rtol=1e-4, atol=1e-5)
+    assert not differing(double, single, rtol=1e-4, atol=1e-5)
 
 
 def test_one_image_is_enough_and_a_dead_layer_is_zero():
@@ -278,7 +277,9 @@ def nan_at(index):
     (lambda: collect(convnet(), [randn(1, 2, 8, 9)], fisher="fake"), UserError, "'fake'"),
     (lambda: collect(nn.Linear(4, 1).double(), [(randn(9, 4), randn(9))], fisher="empirical", loss="mse"), UserError, r"(9,) do not fit outputs of shape (9, 1)"),
     (lambda: collect(nn.Linear(4, 9).double(), [(randn(9, 4), randn(9))], fisher="empirical", loss="mse"), UserError, r"(9,) do not fit outputs of shape (9, 9)"),
-    (lambda: collect(convnet(), [{"image": randn(1, 2, 8, 9)}]), UserError, "batch is a dict"),
+    (lambda: collect(convnet(), [{"image": randn(1, 2, 8, 9)}]), UserError, "batch is a dict;"),
+    (lambda: collect(convnet(), [({"image": randn(1, 2, 8, 9)}, torch.zeros(1))]), UserError, "batch is (dict, Tensor);"),
+    (lambda: collect(convnet(), [()]), UserError, "batch is ();"),
     (lambda: squared_gradients(convnet(), [randn(1, 2, 8, 9) * torch.nan]), RunError, "NaN"),
     (lambda: collect(convnet(), [randn(1, 2, 8, 9)], samples=0), UserError, "got 0"),
     (lambda: collect(convnet(), [randn(1, 2, 8, 9)], patch="window"), UserError, "'window'"),
@@ -296,7 +297,7 @@ def test_bad_input_is_one_sentence(call, kind, words):
 
 def test_a_generator_of_batches_is_read_twice_for_ekfac_by_collect_and_refused_by_ekfac_alone():
     net, x = mlp(), randn(6, 4)
-    same(collect(net, (x[i:i + 2] for i in (0, 2, 4)), fisher="exact", ekfac=True), collect(net, [x], fisher="exact", ekfac=True))
+    assert not differing(collect(net, (x[i:i + 2] for i in (0, 2, 4)), fisher="exact", ekfac=True), collect(net, [x], fisher="exact", ekfac=True))
     with pytest.raises(UserError, match="readable twice"):
         ekfac(net, iter([]), collect(net, [x]))
 

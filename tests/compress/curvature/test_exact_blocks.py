@@ -9,28 +9,28 @@ from tests.compress.curvature.nets import convnet, mlp, randn
 from tests.oracles.curvature import empirical_block, ggn_block
 
 
-def close(actual, expected, tolerance=1e-10):
-    assert (actual - expected).norm() <= tolerance * expected.norm()
+def near(actual, expected, tolerance=1e-10):
+    return (actual - expected).norm() <= tolerance * expected.norm()
 
 
 def test_kfac_of_a_deep_linear_net_with_mse_is_the_exact_block():
     net = mlp(activation=nn.Identity)
     x = randn(7, 4)
     for name, entry in collect(net, [x], fisher="exact", loss="mse").items():
-        close(entry.block(), ggn_block(net, name, x, "mse"))
+        assert near(entry.block(), ggn_block(net, name, x, "mse"))
 
 
 def test_kfac_of_one_image_is_the_exact_block():
     net, x = mlp(), randn(1, 4)
     for name, entry in collect(net, [x], fisher="exact").items():
-        close(entry.block(), ggn_block(net, name, x))
+        assert near(entry.block(), ggn_block(net, name, x))
 
 
 def test_expand_is_exact_for_shared_weights_without_pooling():
     net, x = mlp(activation=nn.Identity), randn(3, 5, 4)
     for name, entry in collect(net, [x], fisher="exact", loss="mse").items():
         assert entry.positions == 5
-        close(entry.block(), ggn_block(net, name, x, "mse"))
+        assert near(entry.block(), ggn_block(net, name, x, "mse"))
 
 
 def test_reduce_is_exact_for_a_convolution_with_average_pooling():
@@ -38,7 +38,7 @@ def test_reduce_is_exact_for_a_convolution_with_average_pooling():
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
     x = randn(5, 2, 5, 4)
     factors = collect(net, [x], fisher="exact", loss="mse", sharing="reduce")
-    close(factors["1"].block(), ggn_block(net, "1", x, "mse"))
+    assert near(factors["1"].block(), ggn_block(net, "1", x, "mse"))
     expanded = collect(net, [x], fisher="exact", loss="mse")["1"].block()
     assert (expanded - factors["1"].block()).norm() > 0.01 * expanded.norm()
 
@@ -46,9 +46,9 @@ def test_reduce_is_exact_for_a_convolution_with_average_pooling():
 def test_empirical_blocks_of_one_image_and_of_ekfac_traces():
     net, x, y = mlp(), randn(6, 4), torch.tensor([0, 2, 1, 1, 0, 2])
     for name, entry in collect(net, [(x[:1], y[:1])], fisher="empirical").items():
-        close(entry.block(), empirical_block(net, name, x[:1], y[:1]))
+        assert near(entry.block(), empirical_block(net, name, x[:1], y[:1]))
     for name, entry in collect(net, [(x[:4], y[:4]), (x[4:], y[4:])], fisher="empirical", ekfac=True).items():
-        close(entry.second.sum(), empirical_block(net, name, x, y).trace())
+        assert near(entry.second.sum(), empirical_block(net, name, x, y).trace())
 
 
 def test_every_layer_kind_has_the_exact_trace_and_diagonal_after_correction():
@@ -57,10 +57,10 @@ def test_every_layer_kind_has_the_exact_trace_and_diagonal_after_correction():
     factors = collect(net, [x[:3], x[3:]], fisher="exact", ekfac=True)
     for name in ("0", "5", "9"):
         exact, entry = ggn_block(net, name, x), factors[name]
-        close(entry.second.sum(), exact.trace())
+        assert near(entry.second.sum(), exact.trace())
         q_a, q_g = (spectrum.vectors for spectrum in entry.eigen())
         basis = torch.kron(q_g, q_a)
-        close(entry.second.flatten(), (basis.T @ exact @ basis).diagonal())
+        assert near(entry.second.flatten(), (basis.T @ exact @ basis).diagonal())
 
 
 def test_groups_are_treated_per_group():
@@ -73,7 +73,7 @@ def test_groups_are_treated_per_group():
     for g in range(2):
         basis = torch.kron(spectrum_g.vectors[g], spectrum_a.vectors[g])
         block = exact[g * 39:(g + 1) * 39, g * 39:(g + 1) * 39]
-        close(entry.second[g].flatten(), (basis.T @ block @ basis).diagonal())
+        assert near(entry.second[g].flatten(), (basis.T @ block @ basis).diagonal())
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -89,7 +89,7 @@ def test_ekfac_with_the_products_of_the_eigenvalues_is_kfac():
     for entry in collect(mlp(), [randn(6, 4)], fisher="exact").values():
         spectrum_a, spectrum_g = entry.eigen()
         entry.second = spectrum_g.values[:, None] * spectrum_a.values
-        close(entry.block(corrected=True), entry.block())
+        assert near(entry.block(corrected=True), entry.block())
 
 
 def test_the_scale_of_a_layer_is_its_true_trace_over_the_kfac_trace():
@@ -127,7 +127,7 @@ def test_positions_of_an_output_map_each_have_their_label():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 1)).double()
     x = randn(1, 2, 2, 2)
-    close(collect(net, [x], fisher="exact", ekfac=True)["0"].second.sum(), sum(_position_traces(net, x)))
+    assert near(collect(net, [x], fisher="exact", ekfac=True)["0"].second.sum(), sum(_position_traces(net, x)))
 
 
 def _position_traces(net, x):

@@ -9,8 +9,8 @@ from compress.curvature import collect
 from tests.compress.curvature.nets import plain_convnet, randn
 
 
-def close(actual, expected, tolerance=1e-8):
-    assert (actual - expected).norm() <= tolerance * expected.norm()
+def near(actual, expected, tolerance=1e-8):
+    return (actual - expected).norm() <= tolerance * expected.norm()
 
 
 def data():
@@ -40,7 +40,7 @@ def test_kfac_products_equal_curvlinops(fisher):
     )
     ours = collect(net, [(x[:4], y[:4]), (x[4:], y[4:])], fisher=fisher)
     for name, entry in ours.items():
-        close(entry.block(), curvlinops_block(operator, name))
+        assert near(entry.block(), curvlinops_block(operator, name))
 
 
 def test_ekfac_equals_curvlinops():
@@ -63,7 +63,7 @@ def test_ekfac_equals_curvlinops():
         order = torch.cat(
             [torch.cat([torch.arange(row * width, (row + 1) * width), torch.tensor([weights + row])]) for row in range(biases)]
         )
-        close(entry.block(corrected=True), block[order][:, order])
+        assert near(entry.block(corrected=True), block[order][:, order])
         start += weights + biases
 
 
@@ -86,5 +86,5 @@ def test_kfac_products_and_ekfac_traces_equal_nngeometry():
     ours = collect(net, [x], fisher="exact", ekfac=True)
     for (layer_id, (a, g)), (name, entry) in zip(kfac.data.items(), ours.items(), strict=True):
         assert g.shape == entry.G.shape, name
-        close(entry.block(), torch.kron(g, a))
+        assert near(entry.block(), torch.kron(g, a))
         assert entry.second.sum().item() == pytest.approx(ekfac.data[1][layer_id].sum().item(), rel=1e-8)
