@@ -155,21 +155,21 @@ def ekfac(
     UserError, RunError: as `visit`; no images, a layer that no gradient reached.
     """
     modules, generator = find_layers(model, factors), own_generator(generator)
-    bases: dict[str, tuple[Tensor, Tensor]] = {}  # of the layer at hand, in its own type: those of all layers would take half the factors' memory again
+    bases: dict[str, tuple[Tensor, Tensor]] = {}
     totals: dict[str, Tensor] = {}
     reached: set[str] = set()
     for name, entry in factors.items():
         spectrum_a, spectrum_g = entry.eigen()
         broadcast_([*spectrum_a, *spectrum_g])  # machines may resolve equal eigenvalues differently, and the sums must share one basis
         offsets = (entry.kernel[0] * entry.kernel[1],) if entry.patch != "full" and entry.kernel != (1, 1) else ()
-        sizes = (spectrum.vectors.shape[-1] for spectrum in (spectrum_g, spectrum_a))
-        totals[name] = torch.zeros(entry.groups, *sizes, *offsets, dtype=torch.float64, device=spectrum_a.vectors.device)
+        q_a, q_g = (spectrum.vectors.reshape(entry.groups, *spectrum.vectors.shape[-2:]) for spectrum in (spectrum_a, spectrum_g))
+        dtype = next(modules[name].parameters()).dtype
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        bases[name] = q_a.to(dtype), q_g.to(dtype)
+        totals[name] = torch.zeros(entry.groups, q_g.shape[-1], q_a.shape[-1], *offsets, dtype=torch.float64, device=q_a.device)
 
     def add(name: str, gradients: Tensor, _: slice) -> None:
         reached.add(name)
-        if name not in bases:
-            bases.clear()
-            bases[name] = tuple(spectrum.vectors.reshape(factors[name].groups, *spectrum.vectors.shape[-2:]).to(gradients.dtype) for spectrum in factors[name].eigen())
         q_a, q_g = bases[name]
         entry, total = factors[name], totals[name]
         if total.ndim == 4:
