@@ -30,12 +30,12 @@ def warps_for(height: int, pixels: int, group: int, itemsize: int) -> int:
     return 8 if height * pixels >= 128 * 64 or (group == 1 and (itemsize == 4 or height < 64)) else 4
 
 
-def registers_for(group: int, itemsize: int, splits: int) -> int | None:
-    """Most registers per thread: with the most shares, and where channels are gathered one by one, ptxas makes do with 128 on sm_100 and spills a few,
-    unless it is told that it need not."""
-    if group > 1:
-        return 255 if splits == SPLITS[-1] else None
-    return 224 if itemsize == 2 else 255
+def registers_for(group: int, splits: int) -> int | None:
+    """Most registers per thread. Left alone, ptxas makes do with 128 on sm_100 and spills a few where a product is split, which is where so few programs
+    run that registers are plenty, and where channels are gathered one by one; with all 255 for the latter it spilled on sm_80."""
+    if group == 1:
+        return 224
+    return 255 if splits > 1 else None
 
 
 CONFIGS = tuple(
@@ -166,6 +166,6 @@ def launch(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, c
             rows, pixels, blocks, channels // group, image_height, image_width, *size, *stride, *padding, *dilation,
             V=height, STEP=step, BP=tile, G=group, SPLITS=splits, STAGES=STAGES, PRECISION=rounding, WIDEN=interpreted(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group, values.element_size(), splits)}),
+            num_warps=warps, **({} if interpreted() else {"maxnreg": registers_for(group, splits)}),
         )
     return y.permute(0, 3, 1, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -74,7 +75,7 @@ def vector_block(full: bool) -> Iterator[dict]:
     chosen += [("bf16", config(64, 128, 1), "ieee", "full", capability) for capability in (80, 100)]
     chosen += [("fp32", config(64, 16, 1), "ieee", "full", 90), ("fp16", config(16, 16, 8), "ieee", "none", 90),
                ("fp32", config(32, 32, 2), "tf32", "full", 90), ("bf16", config(128, 64, 16), "ieee", "full", 90),
-               ("fp32", config(128, 32, 4), "tf32", "full", 80)]
+               ("fp32", config(128, 32, 4), "tf32", "full", 80), ("fp32", config(64, 32, 4), "tf32", "full", 100)]
     every = ((kind, c, precision, ending, capability) for kind, c in itertools.product(TYPES, CONFIGS)
              for precision in precisions(kind) for ending in epilogues(c["splits"], SPLITS) for capability in CAPABILITIES
              if kind != "fp32" or c["width"] <= 32)
@@ -102,10 +103,14 @@ def sparse_conv(full: bool) -> Iterator[dict]:
     shapes = {"aligned": (("rows",), {}), "any": ((), {}), "one block": ((), {"blocks": 1})}
     chosen = [("bf16", config(64, 128, 16, 1), "ieee", "full", shape, capability) for shape in shapes for capability in CAPABILITIES]
     chosen += [("fp16", config(64, 64, 1, 4), "ieee", "full", shape, 90) for shape in shapes]
-    chosen += [("fp32", config(16, 64, 8, 2), "tf32", "none", "any", 90), ("bf16", config(32, 128, 8, 8), "ieee", "full", "any", 90),
+    chosen += [("fp32", config(16, 64, 8, 2), "tf32", "none", "any", 90),
+               ("fp32", config(64, 64, 16, 2), "tf32", "full", "any", 100), ("bf16", config(32, 128, 8, 8), "ieee", "full", "any", 90),
                ("bf16", config(128, 64, 16, 16), "ieee", "full", "any", 90), ("fp32", config(128, 64, 1, 8), "ieee", "full", "any", 100)]
     # where ptxas spilled with tiles of 64 pixels, that of Triton 3.6 with 32 as well
     chosen += [("fp32", config(128, 64, 1, 16), "ieee", "full", "any", capability) for capability in (80, 90)]
+    # where it spilled when left alone, and with all registers
+    chosen += [("fp16", config(32, 64, 16, 2), "ieee", "full", "any", 100)]
+    chosen += [("fp32", config(32, 64, 1, 1), "ieee", "none", "any", 80)]
     every = ((kind, c, precision, ending, shape, capability) for kind, c in itertools.product(TYPES, CONFIGS)
              for precision in precisions(kind) for ending in epilogues(c["splits"], SPLITS) for shape in shapes for capability in CAPABILITIES
              if (kind != "fp32" or c["pixels"] == 64) and (shape == "any" or ending == "full" and c["splits"] in (SPLITS[0], SPLITS[-1])))
@@ -123,7 +128,7 @@ def sparse_conv(full: bool) -> Iterator[dict]:
         constants = {"V": c["height"], "STEP": c["step"], "BP": c["pixels"], "G": c["group"], "SPLITS": c["splits"], "STAGES": 3,
                      "PRECISION": precision, "WIDEN": False, **EPILOGUES[ending], **blocks}
         built = build(sparse_conv_kernel, pointers, scalars, constants, capability, c["warps"], aligned=aligned,
-                      maxnreg=registers_for(c["group"], itemsize, c["splits"]))
+                      maxnreg=registers_for(c["group"], c["splits"]))
         yield row("sparse_conv", f"{kind} {c} {shape}", capability, built, c["warps"], c["splits"], ending, precision, kind=kind,
                   height=c["height"])
 
@@ -147,7 +152,7 @@ def row(kernel: str, case: str, capability: int, built, warps: int, splits: int 
     return {"kernel": kernel, "case": f"{case} epilogue {ending} {precision}", "capability": capability, "splits": splits, "epilogue": ending,
             "precision": precision, "registers": built.registers, "stack": built.stack, "local": built.local, "shared": built.shared,
             "shared_limit": SHARED_LIMIT[capability], "threads": 32 * warps, "wgmma": "wgmma" in built.ptx, "cp_async": "cp.async" in built.ptx,
-            "tf32": ".tf32" in built.ptx, **facts}
+            "tf32": bool(re.search(r"[.:]tf32\b", built.ptx)), **facts}
 
 
 def main(arguments: list[str]) -> None:
