@@ -92,8 +92,8 @@ def convolution_rows(seconds: float, batches: tuple[int, ...], quick: bool, most
 
 
 def byte_bound(sparsity: float) -> float:
-    """Bytes of a dense float32 weight over those of CSR, which stores a 32-bit column with every kept weight; row pointers left out."""
-    return 4 / ((4 + 4) * (1 - sparsity))
+    """Bytes of a dense float32 weight over those of CSR, which stores a 16-bit column with every kept weight; row pointers left out."""
+    return 4 / ((4 + 2) * (1 - sparsity))
 
 
 def plots(rows: list[dict], folder: Path = _timing.RESULTS) -> None:

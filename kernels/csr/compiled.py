@@ -22,12 +22,20 @@ from torch import Tensor
 from .. import cache
 from . import reference
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-tree-vectorize", "-fno-tree-slp-vectorize", "-shared", "-fPIC")
 SOURCE = Path(__file__).with_name("cpu.c")
 SLACK = 16
+# Widths with a tile of their own, which reads nothing behind them.
+EXACT = (4, 8)
+# Bytes of the dense operand that the second-level cache shall hold, and the first-level cache.
 ON_CHIP = 1024 * 1024
-WIDEST = 128
-# cpu.c addresses the dense operand of one product by 32-bit offsets.
+NEAR = 28 * 1024
+# A block of the operand pays off where a row has this many multiply-adds of vectors in it, vectors enough to share an entry's cost, and where
+# a row by itself, through the taps of a convolution, uses what it fetches less often than this.
+WORK, VECTORS, REUSE = 128, 3, 1.75
+# Rows of a dense operand from which its tiles are copied to lie in one piece: at equal distances so many rows meet in few sets of a cache.
+FAR = 2560
+# cpu.c addresses the image of a convolution by 32-bit offsets.
 REACH = 2**31 - 1
 INT, LONG, POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -52,6 +60,18 @@ def _compile(compiler: str, target: Path) -> bool:
     return False
 
 
+def bound(built: Path) -> ctypes.CDLL:
+    """The functions of a built cpu.c with their signatures; OSError or AttributeError where the file is something else."""
+    loaded = ctypes.CDLL(str(built))
+    loaded.csr_images.argtypes = [*[LONG] * 4, POINTER, POINTER, INT, *[POINTER] * 3, LONG, POINTER, *[LONG] * 4, POINTER, INT, LONG, LONG, INT]
+    loaded.csr_vector.argtypes = [LONG, POINTER, POINTER, INT, *[POINTER] * 4, INT, INT]
+    loaded.csr_convolve.argtypes = [*[LONG] * 3, *[POINTER] * 6, INT, *[POINTER] * 6, INT, LONG, LONG, INT]
+    loaded.csr_widest.argtypes, loaded.csr_widest.restype = [], INT
+    loaded.csr_convolve.restype = loaded.csr_images.restype = loaded.csr_vector.restype = None
+    loaded.widest = loaded.csr_widest()
+    return loaded
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be built or give wrong results."""
@@ -63,12 +83,7 @@ def library() -> ctypes.CDLL | None:
     try:
         if not target.is_file() and not _compile(compiler, target):
             return None
-        loaded = ctypes.CDLL(str(target))
-        loaded.csr_images.argtypes = [LONG, LONG, LONG, *[POINTER] * 5, LONG, POINTER, *[LONG] * 4, POINTER, INT, LONG, INT]
-        loaded.csr_vector.argtypes = [LONG, *[POINTER] * 6, INT, INT]
-        loaded.csr_convolve.argtypes = [LONG, LONG, *[POINTER] * 12, INT, LONG, INT]
-        loaded.csr_convolve.restype = None
-        loaded.csr_images.restype = loaded.csr_vector.restype = None
+        loaded = bound(target)
     except (OSError, AttributeError, subprocess.SubprocessError):
         return None
     return loaded if _agrees(loaded) else None
@@ -79,16 +94,34 @@ def _agrees(loaded: ctypes.CDLL) -> bool:
     """Whether small products come out right, whatever the caller's default data type and device."""
     generator, plain = torch.Generator("cpu").manual_seed(0), {"dtype": torch.float32, "device": "cpu"}
     weight = torch.randn(9, 37, generator=generator, **plain) * (torch.rand(9, 37, generator=generator, **plain) < 0.4)
-    values, (crow, col) = reference.pack(weight)
-    parts = values, crow, col
     x = torch.randn(37, 53, generator=generator, **plain)
-    ok = torch.allclose(matrix(loaded, x, *parts, None, False, 1), weight @ x, atol=1e-4)
-    return ok and torch.allclose(vector(loaded, x[:, 0].contiguous(), *parts, None, False, 1), weight @ x[:, 0], atol=1e-4)
+    for narrow in (False, True):
+        values, index = reference.pack(weight, narrow=narrow)
+        if not torch.allclose(matrix(loaded, x, values, *index, None, False, 1), weight @ x, atol=1e-4):
+            return False
+        if not torch.allclose(vector(loaded, x[:, 0].contiguous(), values, *index, None, False, 1), weight @ x[:, 0], atol=1e-4):
+            return False
+    return True
 
 
-def _tile(rows: int, overhang: int = 0) -> int:
+def _tile(loaded: ctypes.CDLL, rows: int, overhang: int = 0) -> int:
     """Columns per tile: as many as keep `rows` rows of the dense operand, `overhang` longer than the tile, in the second-level cache."""
-    return WIDEST if rows * (WIDEST + overhang) * 4 <= ON_CHIP else WIDEST // 2
+    widest = loaded.widest
+    return widest if rows * (widest + overhang) * 4 <= ON_CHIP else widest // 2
+
+
+def _block(loaded: ctypes.CDLL, columns: int, width: int, entries: float, group: int = 1, overhang: int = 0) -> int:
+    """Rows of the dense operand that are gone through at a time: as many groups of `group` rows, which take up one line of `width` +
+    `overhang` floats, as stay in the first-level cache; `columns` where that does not pay. `entries`: kept weights per row of the matrix."""
+    block = max(1, NEAR // ((width + overhang) * 4)) * group
+    vectors = width * 8 / loaded.widest
+    pays = block < columns and vectors >= VECTORS and entries * block / columns * vectors >= WORK
+    return block if pays and entries * group / columns * width / (width + overhang) < REUSE else max(1, columns)
+
+
+def _columns(col: Tensor) -> tuple[int, bool]:
+    """The address of the column numbers, and whether they have 32 bits instead of 16."""
+    return col.data_ptr(), col.dtype == torch.int32
 
 
 def vector(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool,
@@ -97,26 +130,33 @@ def vector(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Te
     rows = crow.numel() - 1
     y = x.new_empty(rows)
     given = None if bias is None else bias.data_ptr()
-    loaded.csr_vector(rows, crow.data_ptr(), col.data_ptr(), values.data_ptr(), x.data_ptr(), y.data_ptr(), given, relu, threads)
+    loaded.csr_vector(rows, crow.data_ptr(), *_columns(col), values.data_ptr(), x.data_ptr(), y.data_ptr(), given, relu, threads)
     return y
 
 
 def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, relu: bool,
            threads: int) -> Tensor:
-    """act(W x + bias), [(images,) rows, n], for x [(images,) columns, n], float32, contiguous, on the CPU."""
+    """act(W x + bias), [(images,) rows, n], for x [(images,) columns, n] of any strides, float32, on the CPU."""
     columns, n = x.shape[-2:]
-    if columns * n > REACH and n > 1:
-        width = max(1, REACH // columns)
-        parts = [x[..., first : first + width].contiguous() for first in range(0, n, width)]
-        return torch.cat([matrix(loaded, part, values, crow, col, bias, relu, threads) for part in parts], -1)
-    images = x.shape[0] if x.ndim == 3 else 1
-    rows = crow.numel() - 1
-    if n % SLACK:
-        x = _with_slack(x)
+    rows, entries = crow.numel() - 1, values.numel() / max(1, crow.numel() - 1)
     y = x.new_empty(*x.shape[:-2], rows, n)
-    place, given = row_places(columns, n), None if bias is None else bias.data_ptr()
-    loaded.csr_images(images, rows, n, crow.data_ptr(), col.data_ptr(), values.data_ptr(), place.data_ptr(), x.data_ptr(), columns * n,
-                      y.data_ptr(), rows * n, n, n, n, given, relu, _tile(columns), threads)
+    given = None if bias is None else bias.data_ptr()
+    tile = loaded.widest
+    block = _block(loaded, columns, min(n, tile), entries) if x.ndim == 2 or n % 256 else columns
+    if block == columns:
+        tile = _tile(loaded, columns)
+
+    def multiply(part: Tensor, images: int, width: int, first: int, step: int) -> None:
+        loaded.csr_images(images, rows, columns, width, crow.data_ptr(), *_columns(col), values.data_ptr(), None, part.data_ptr(),
+                          columns * width, y.data_ptr() + 4 * first, step, n, width, width, given, relu, tile, max(1, block), threads)
+
+    cut = n - n % tile if x.ndim == 2 and n > tile and (block < columns or columns >= FAR) else 0
+    if cut:
+        multiply(x[:, :cut].unflatten(1, (-1, tile)).transpose(0, 1).contiguous(), cut // tile, tile, 0, tile)
+    if cut < n:
+        rest = x[..., cut:].contiguous()
+        multiply(rest if n - cut in EXACT or (n - cut) % SLACK == 0 else _with_slack(rest), x.shape[0] if x.ndim == 3 else 1, n - cut, cut,
+                 rows * n)
     return y
 
 
@@ -147,16 +187,14 @@ def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stri
     y = x.new_empty(batch, rows, *size)
     shape = (LONG * 5)(channels, height, width, high, wide)
     given = None if bias is None else bias.data_ptr()
-    width = _tile(channels * stride[0] * stride[1], kernel[0] // stride[0] * wide)
-    loaded.csr_convolve(batch, rows, shape, (LONG * 2)(*size), (LONG * 2)(*stride), (LONG * 2)(*padding), crow.data_ptr(), col.data_ptr(),
-                        values.data_ptr(), place.data_ptr(), x.data_ptr(), scratch.data_ptr(), y.data_ptr(), given, relu, width, threads)
+    phases, overhang = stride[0] * stride[1], kernel[0] // stride[0] * wide
+    tile, taps = _tile(loaded, channels * phases, overhang), kernel[0] * kernel[1]
+    across = min(tile, (size[0] - 1) * wide + size[1])
+    block = _block(loaded, channels * taps, across, values.numel() / max(1, rows), taps, (phases - 1) * across + phases * overhang)
+    loaded.csr_convolve(batch, rows, channels * taps, shape, (LONG * 2)(*size), (LONG * 2)(*stride), (LONG * 2)(*padding), crow.data_ptr(),
+                        *_columns(col), values.data_ptr(), place.data_ptr(), x.data_ptr(), scratch.data_ptr(), y.data_ptr(), given, relu, tile,
+                        block, threads)
     return y
-
-
-@functools.lru_cache(maxsize=256)
-def row_places(columns: int, stride: int) -> Tensor:
-    """Offset of each row of a dense operand."""
-    return torch.arange(columns, dtype=torch.int32, device="cpu") * stride
 
 
 @functools.lru_cache(maxsize=256)

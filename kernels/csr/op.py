@@ -24,7 +24,7 @@ PATCHES = 256 * 2**20
 
 
 def _as_torch(values: Tensor, index: Sequence[Tensor], rows: int, columns: int) -> Tensor:
-    return torch.sparse_csr_tensor(index[0], index[1], values, (rows, columns), check_invariants=False)
+    return torch.sparse_csr_tensor(index[0], index[1].to(torch.int32), values, (rows, columns), check_invariants=False)
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def _scipy(x: Tensor, values: Tensor, index: Sequence[Tensor], rows: int, column
     """W x for x [columns, n], contiguous."""
     from scipy import sparse
 
-    crow, col = (t.numpy() for t in index)
+    crow, col = index[0].numpy(), index[1].to(torch.int32).numpy()
     return torch.from_numpy(sparse.csr_array((values.detach().numpy(), col, crow), shape=(rows, columns), copy=False) @ x.numpy())
 
 
@@ -53,12 +53,14 @@ def usable(engine: str, x: Tensor, values: Tensor) -> bool:
 
 def _product(x: Tensor, values: Tensor, index: Sequence[Tensor], bias: Tensor | None, relu: bool, rows: int, columns: int,
              engine: str) -> tuple[Tensor, bool]:
-    """(y [..., rows, n], whether bias and activation are already in it) for x [..., columns, n] with at most one leading dimension."""
+    """(y [..., rows, n], whether bias and activation are already in it) for x [..., columns, n] with at most one leading dimension, of
+    any strides."""
     if engine == "compiled":
         loaded, threads = compiled.library(), torch.get_num_threads()
         if x.shape[-1] == 1 and x.ndim == 2:
-            return compiled.vector(loaded, x.reshape(-1), values, *index, bias, relu, threads).unsqueeze(1), True
+            return compiled.vector(loaded, x.reshape(-1).contiguous(), values, *index, bias, relu, threads).unsqueeze(1), True
         return compiled.matrix(loaded, x, values, *index, bias, relu, threads), True
+    x = x.contiguous()
     images = x.unsqueeze(0) if x.ndim == 2 else x
     if engine == "scipy":
         results = [_scipy(image, values, index, rows, columns) for image in images]
@@ -78,7 +80,7 @@ def _linear(x: Tensor, values: Tensor, index, scale, bias, residual, rows: int, 
         return None
     fused = scale is None and residual is None and activation in ("none", "relu")
     dtype, given = operator.wide(x.dtype, scale), bias if fused else None
-    factor, values = x.t().contiguous().to(dtype), values.detach().to(dtype)
+    factor, values = x.t().to(dtype), values.detach().to(dtype)
     product, done = _product(factor, values, index, given, activation == "relu" and fused, rows, columns, engine)
     product = product.t()
     return (product if done and fused else epilogue.finish(product, scale, bias, residual, activation)).to(x.dtype).contiguous()
@@ -139,7 +141,7 @@ def pack(weight: Tensor, mask: Tensor | None = None, engine: str = "compiled") -
     """Packs the matrix `weight` [c_out, c_in * r * s]; `engine` is one of ENGINES and gives way to another where it cannot run."""
     if engine not in ENGINES:
         raise ValueError(f"the CSR engine {engine!r} is not one of {', '.join(ENGINES)}")
-    values, index = reference.pack(weight, mask)
+    values, index = reference.pack(weight, mask, narrow=engine == "compiled")
     _hear_beta_warning()
     bytes_ = sum(t.numel() * t.element_size() for t in (values, *index))
     return Packed("csr", values, index, weight.shape[0], weight.shape[1], values.numel(), (ENGINES.index(engine),), bytes_)

@@ -1,4 +1,4 @@
-"""Oracle: `F.conv2d` and the dense product in float64, computed in one piece."""
+"""Oracle: `F.conv2d` in float64, computed in one piece."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from kernels.csr import compiled, op
 from kernels.csr.op import ENGINES
 
-from .masks import masked
 from .test_convolutions import GEOMETRIES, call, example
 
 
@@ -54,24 +53,6 @@ def test_patches_of_large_images_stay_below_the_limit(monkeypatch):
     x, unit = torch.empty(128, 64, 224, 224, device="meta"), (1, 1)
     y, _ = op._by_patches(x, None, None, None, False, 32, 576, "torch", (224, 224), (3, 3), unit, unit, unit)
     assert y.shape == (128, 32, 224, 224) and max(sizes) <= op.PATCHES <= 2**28 and sum(sizes) == 128 * 576 * 224 * 224 * 4
-
-
-@pytest.mark.parametrize("images", [None, 3])
-def test_products_beyond_the_reach_of_an_offset_are_cut(images, monkeypatch):
-    if compiled.library() is None:
-        pytest.skip("this machine has no C compiler")
-    weight = masked(9, 37, 0.6, "random", torch.Generator().manual_seed(3))
-    values, (crow, col) = op.reference.pack(weight)
-    x, bias = torch.randn(*([] if images is None else [images]), 37, 150), torch.randn(9)
-    expected = F.relu(weight.double() @ x.double() + bias.double().unsqueeze(1))
-    for reach in (37, 37 * 16, 37 * 70 + 5, 37 * 149):
-        monkeypatch.setattr(compiled, "REACH", reach)
-        calls, places = [], compiled.row_places
-        monkeypatch.setattr(compiled, "row_places", lambda columns, n, calls=calls, places=places: calls.append(columns * n) or places(columns, n))
-        y = compiled.matrix(compiled.library(), x, values, crow, col, bias, True, 1)
-        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
-        assert max(calls) <= reach
-        monkeypatch.setattr(compiled, "row_places", places)
 
 
 def test_an_image_beyond_the_reach_is_not_convolved_by_offsets():
