@@ -140,6 +140,8 @@ def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Te
     columns, n = x.shape[-2:]
     rows, entries = crow.numel() - 1, values.numel() / max(1, crow.numel() - 1)
     y = x.new_empty(*x.shape[:-2], rows, n)
+    if not y.numel():
+        return y
     given = None if bias is None else bias.data_ptr()
     tile = loaded.widest
     block = _block(loaded, columns, min(n, tile), entries) if x.ndim == 2 or n % 256 else columns

@@ -113,6 +113,18 @@ def test_a_block_is_used_where_a_row_has_work_for_it(library, monkeypatch):
     assert compiled._block(library, 2048, widest, 2048 / 9, 9) == 9
 
 
+@pytest.mark.parametrize("rows, columns, n, images", [
+    (0, 5, 3, None), (5, 0, 3, None), (5, 3, 0, None), (1, 1, 1, None), (1, 1, 1, 2), (4, 3, 5, 0), (0, 0, 0, None), (3, 3000, 0, None), (2, 4, 256, 2)])
+def test_sizes_of_nothing_and_of_one(library, rows, columns, n, images):
+    weight = torch.randn(rows, columns)
+    values, (crow, col) = reference.pack(weight, narrow=True)
+    x, bias = torch.randn(*([] if images is None else [images]), columns, n), torch.randn(rows)
+    expected = (weight.double() @ x.double() + bias.double().unsqueeze(1)).relu()
+    for threads in (1, 2):
+        y = compiled.matrix(library, x, values, crow, col, bias, True, threads)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_not_a_number_passes_the_relu(library):
     values, (crow, col) = reference.pack(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     for n in WIDTHS:
