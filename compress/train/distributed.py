@@ -40,8 +40,8 @@ class Dist:
         self._each_flat(tensors, lambda flat: dist.all_reduce(flat, op=dist.ReduceOp.SUM))
 
     def broadcast_(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by that of rank 0, in place."""
-        self._each_flat(tensors, lambda flat: dist.broadcast(flat, src=0))
+        """Replace each tensor by that of rank 0, in place. As bytes: neither gloo nor NCCL knows the 16-bit integers of packed weights."""
+        self._each_flat(tensors, lambda flat: dist.broadcast(flat.view(torch.uint8), src=0))
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -5,7 +5,7 @@
  * place(k) is where row k of the dense operand begins. For a matrix it is k times its row stride; for a convolution of stride 1 on a
  * padded image a table holds the offsets of the taps (c, r, s), so that no patch matrix is ever written.
  *
- * A tile of up to WIDEST columns stays in registers for a whole row, which makes every entry one load and one multiply-add per vector.
+ * A tile of up to WIDEST columns stays in registers for a row's part of a block, which makes every entry one load and one multiply-add per vector.
  * x must be readable up to 15 floats behind the last column that is used.
  *
  * Built without the compiler's own vectoriser: it turns the loops over scattered entries into permutations that take twice the time.
@@ -117,7 +117,7 @@ ALL(tile6, vec, 6, 2)
 ALL(tile7, vec, 7, 2)
 #ifdef __AVX512F__
 ALL(tile8, vec, 8, 2)
-#else /* sixteen registers in all */
+#else /* x86 has sixteen registers in all */
 ALL(tile8, vec, 8, 1)
 #endif
 

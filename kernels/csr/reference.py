@@ -27,6 +27,8 @@ def pack(weight: Tensor, mask: Tensor | None = None, narrow: bool = False) -> tu
     row, col = mask.nonzero(as_tuple=True)
     if row.numel() >= 2**31:
         raise ValueError(f"the weight keeps {row.numel()} entries, but csr stores at most {2**31 - 1}")
+    if weight.shape[1] >= 2**31:
+        raise ValueError(f"the weight has {weight.shape[1]} columns, but csr numbers at most {2**31 - 1}")
     counts = torch.bincount(row, minlength=weight.shape[0])
     crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     short = narrow and weight.shape[1] <= 2**15

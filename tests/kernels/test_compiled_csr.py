@@ -114,7 +114,7 @@ def test_a_block_is_used_where_a_row_has_work_for_it(library, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, columns, n, images", [
-    (0, 5, 3, None), (5, 0, 3, None), (5, 3, 0, None), (1, 1, 1, None), (1, 1, 1, 2), (4, 3, 5, 0), (0, 0, 0, None), (3, 3000, 0, None), (2, 4, 256, 2)])
+    (0, 5, 3, None), (5, 0, 3, None), (5, 3, 0, None), (1, 1, 1, None), (1, 1, 1, 2), (4, 3, 5, 0), (0, 0, 0, None), (3, 3000, 0, None), (2, 4, 256, 2), (5, 0, 256, 2)])
 def test_sizes_of_nothing_and_of_one(library, rows, columns, n, images):
     weight = torch.randn(rows, columns)
     values, (crow, col) = reference.pack(weight, narrow=True)
@@ -142,7 +142,7 @@ def test_convolutions(library, size, kernel, stride, padding, dilation, narrow, 
     values, (crow, col) = reference.pack(weight, narrow=narrow)
     x = torch.randn(3, 4, *size)
     expected = F.conv2d(x.double(), weight.double().unflatten(1, (4, *kernel)), None, stride, padding, dilation)
-    y = compiled.convolve(library, x, tuple(expected.shape[2:]), kernel, stride, padding, dilation, values, crow, col, None, False, 1)
+    y = compiled.convolve(library, x, tuple(expected.shape[2:]), kernel, stride, padding, dilation, values, crow, col, None, False, 2)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
 
 

@@ -116,6 +116,20 @@ def test_a_broken_peer_ends_in_one_sentence(lost):
     os.waitpid(second, 0)
 
 
+def test_tensors_of_any_type_are_broadcast():
+    """Buffers of packed weights are 16-bit integers, which gloo does not know."""
+
+    def work(process: Dist) -> None:
+        kinds = (torch.int16, torch.int32, torch.float32, torch.bfloat16, torch.float64, torch.uint8)
+        tensors = [torch.full((3,), process.rank + 1, dtype=kind) for kind in kinds] + [torch.empty(0, dtype=torch.int16)]
+        flag, number = torch.tensor([process.is_main]), torch.tensor(process.rank + 7.0)
+        process.broadcast_([*tensors, flag, number])
+        assert all((tensor == 1).all() for tensor in tensors) and flag.item() is True and number.item() == 7
+
+    port = free_port()
+    assert exits([join(rank, port, work) for rank in range(2)]) == [0, 0]
+
+
 def test_alone_there_is_nothing_to_do(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with connect("cpu") as process:
