@@ -30,7 +30,9 @@ def output_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int
 
 def _shape(x: Tensor, residual: Tensor | None, rows: int, columns: int, kernel, stride, padding, dilation) -> tuple[int, ...]:
     """The output's shape, or one sentence about what does not fit."""
-    channels = columns // (kernel[0] * kernel[1])
+    channels, rest = divmod(columns, kernel[0] * kernel[1])
+    if rest:
+        raise ValueError(f"a matrix of {columns} columns is no convolution with a kernel of {kernel[0]} x {kernel[1]}")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"the input has shape {list(x.shape)}, but a batch of images with {channels} channels is needed")
     height, width = output_size(x.shape[2:], kernel, stride, padding, dilation)

@@ -52,7 +52,7 @@ def _compile(compiler: str, target: Path) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "cpu.so"
         wide = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
-        for extra in ((*wide, "-fopenmp"), ("-fopenmp",), ()):
+        for extra in ((*wide, "-fopenmp"), ("-fopenmp",), wide, ()):
             command = [compiler, *FLAGS, *extra, "-o", str(built), str(SOURCE)]
             if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
                 cache.write_atomically(target, built.read_bytes())
@@ -120,7 +120,9 @@ def _block(loaded: ctypes.CDLL, columns: int, width: int, entries: float, group:
 
 
 def _columns(col: Tensor) -> tuple[int, bool]:
-    """The address of the column numbers, and whether they have 32 bits instead of 16."""
+    """The address of the column numbers, and whether they have 32 bits instead of 16. ValueError for any others."""
+    if col.dtype not in (torch.int16, torch.int32):
+        raise ValueError(f"the column numbers are {col.dtype}, but torch.int16 or torch.int32 is needed")
     return col.data_ptr(), col.dtype == torch.int32
 
 
@@ -144,13 +146,14 @@ def matrix(loaded: ctypes.CDLL, x: Tensor, values: Tensor, crow: Tensor, col: Te
         return y
     given = None if bias is None else bias.data_ptr()
     tile = loaded.widest
-    block = _block(loaded, columns, min(n, tile), entries) if x.ndim == 2 or n % 256 else columns
-    if block == columns:
+    # Images are multiplied where they lie; at multiples of 1 KB their rows would push each other out of the first-level cache.
+    block = _block(loaded, columns, min(n, tile), entries) if x.ndim == 2 or n % 256 else max(1, columns)
+    if block >= columns:
         tile = _tile(loaded, columns)
 
     def multiply(part: Tensor, images: int, width: int, first: int, step: int) -> None:
         loaded.csr_images(images, rows, columns, width, crow.data_ptr(), *_columns(col), values.data_ptr(), None, part.data_ptr(),
-                          columns * width, y.data_ptr() + 4 * first, step, n, width, width, given, relu, tile, max(1, block), threads)
+                          columns * width, y.data_ptr() + 4 * first, step, n, width, width, given, relu, tile, block, threads)
 
     cut = n - n % tile if x.ndim == 2 and n > tile and (block < columns or columns >= FAR) else 0
     if cut:
@@ -189,7 +192,7 @@ def convolve(loaded: ctypes.CDLL, x: Tensor, size: tuple[int, int], kernel, stri
     y = x.new_empty(batch, rows, *size)
     shape = (LONG * 5)(channels, height, width, high, wide)
     given = None if bias is None else bias.data_ptr()
-    phases, overhang = stride[0] * stride[1], kernel[0] // stride[0] * wide
+    phases, overhang = stride[0] * stride[1], kernel[0] * dilation[0] // stride[0] * wide
     tile, taps = _tile(loaded, channels * phases, overhang), kernel[0] * kernel[1]
     across = min(tile, (size[0] - 1) * wide + size[1])
     block = _block(loaded, channels * taps, across, values.numel() / max(1, rows), taps, (phases - 1) * across + phases * overhang)

@@ -5,20 +5,25 @@
  * place(k) is where row k of the dense operand begins. For a matrix it is k times its row stride; for a convolution of stride 1 on a
  * padded image a table holds the offsets of the taps (c, r, s), so that no patch matrix is ever written.
  *
- * A tile of up to WIDEST columns stays in registers for a row's part of a block, which makes every entry one load and one multiply-add per vector.
+ * A tile of up to WIDEST columns stays in registers for a row's part of a block, which makes every entry one load and one multiply-add per
+ * vector.
  * x must be readable up to 15 floats behind the last column that is used.
  *
- * Built without the compiler's own vectoriser: it turns the loops over scattered entries into permutations that take twice the time.
+ * Built without the compiler's own vectoriser: it turns the loops over scattered entries into permutations that take longer.
  */
 #include <stdint.h>
 #include <string.h>
 
+/* Floats per vector, and how many tiles are narrower than one. */
 #if defined(__AVX512F__)
 #define LANES 16
+#define NARROW 2
 #elif defined(__AVX__)
 #define LANES 8
+#define NARROW 1
 #else
 #define LANES 4
+#define NARROW 0
 #endif
 #define WIDEST (8 * LANES)
 #define CHUNK 64 /* rows that share a block of the dense operand */
@@ -26,8 +31,6 @@
 /* Loads and stores go through these types, not through memcpy, which some compilers build of smaller pieces by way of the stack. */
 #define VECTOR(BYTES) __attribute__((vector_size(BYTES), aligned(4), may_alias))
 typedef float vec VECTOR(4 * LANES);
-typedef float vec8 VECTOR(32);
-typedef float vec4 VECTOR(16);
 
 /* Entries come in fours and eights, so a core asks for few cache lines at a time by itself; the entries AHEAD are asked for once per 16, and
  * the first PART of the next row's share of a block before this row's. Addresses behind the end do no harm. */
@@ -102,11 +105,19 @@ struct operand {
     TILE(NAME##_placed_16, int16_t, VEC, NV, US, place[c])                                                                   \
     TILE(NAME##_placed_32, int32_t, VEC, NV, US, place[c])
 
+#if NARROW > 0
+typedef float vec4 VECTOR(16);
 ALL(tile_4, vec4, 1, 8)
-#if LANES > 4
-ALL(tile_8, vec8, 1, 8)
+#define NAMES_4(KIND) tile_4##KIND,
 #else
-ALL(tile_8, vec4, 2, 4)
+#define NAMES_4(KIND)
+#endif
+#if NARROW > 1
+typedef float vec8 VECTOR(32);
+ALL(tile_8, vec8, 1, 8)
+#define NAMES_8(KIND) tile_8##KIND,
+#else
+#define NAMES_8(KIND)
 #endif
 ALL(tile1, vec, 1, 8)
 ALL(tile2, vec, 2, 4)
@@ -124,11 +135,11 @@ ALL(tile8, vec, 8, 1)
 typedef void (*tile_function)(const struct operand *, int32_t *, int32_t, int32_t, float *, int, float *, int64_t, float, int);
 #define NAMES(KIND)                                                                                                          \
     {                                                                                                                        \
-        tile_4##KIND, tile_8##KIND, tile1##KIND, tile2##KIND, tile3##KIND, tile4##KIND, tile5##KIND, tile6##KIND,            \
+        NAMES_4(KIND) NAMES_8(KIND) tile1##KIND, tile2##KIND, tile3##KIND, tile4##KIND, tile5##KIND, tile6##KIND,            \
             tile7##KIND, tile8##KIND                                                                                         \
     }
 /* [by a table][in 32 bits][width] */
-static const tile_function TILES[2][2][10] = {{NAMES(_even_16), NAMES(_even_32)}, {NAMES(_placed_16), NAMES(_placed_32)}};
+static const tile_function TILES[2][2][NARROW + 8] = {{NAMES(_even_16), NAMES(_even_32)}, {NAMES(_placed_16), NAMES(_placed_32)}};
 
 /* The widest tile in columns. */
 int csr_widest(void) { return WIDEST; }
@@ -172,7 +183,8 @@ void csr_images(int64_t images, int64_t rows, int64_t columns, int64_t n, const 
         for (int64_t t = 0; t < tiles; t++)
             for (int64_t c = 0; c < chunks; c++) {
                 const int64_t first = t * width, count = n - first < width ? n - first : width;
-                const int64_t index = count <= 4 ? 0 : count <= 8 ? 1 : 2 + (count - 1) / LANES;
+                const int64_t narrow = count <= 4 ? 0 : count <= 8 ? 1 : 2;
+                const int64_t index = narrow < NARROW ? narrow : NARROW + (count - 1) / LANES;
                 const tile_function tile = TILES[place != 0][bits32 != 0][index];
                 const struct operand o = {col, val, x + b * x_step + first, place, n};
                 const int64_t top = c * chunk, high = rows - top < chunk ? rows - top : chunk;
@@ -226,8 +238,8 @@ void csr_convolve(int64_t images, int64_t rows, int64_t columns, const int64_t *
     const int64_t channels = shape[0], height = shape[1], across = shape[2], high = shape[3], wide = shape[4];
     for (int64_t b = 0; b < images; b++) {
         split(x + b * channels * height * across, scratch, channels, height, across, high, wide, stride, padding);
-        csr_images(1, rows, columns, (size[0] - 1) * wide + size[1], crow, col, bits32, val, place, scratch, 0, y + b * rows * size[0] * size[1], 0,
-                   size[0] * size[1], wide, size[1], bias, relu, width, block, threads);
+        csr_images(1, rows, columns, (size[0] - 1) * wide + size[1], crow, col, bits32, val, place, scratch, 0,
+                   y + b * rows * size[0] * size[1], 0, size[0] * size[1], wide, size[1], bias, relu, width, block, threads);
     }
 }
 

@@ -1,6 +1,9 @@
 """Oracle: the dense product and `F.conv2d` in float64, for cpu.c as this processor gets it and as lesser ones do."""
 
+import os
 import platform
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +16,9 @@ from torch.nn import functional as F
 from kernels import SparseLinear
 from kernels.csr import compiled, op, reference
 
+from .guarded import PROTECTS
+from .subprocesses import started
+
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="this machine has no C compiler")
 WIDTHS = (*range(1, 21), 24, 31, 32, 33, 48, 63, 64, 65, 80, 96, 112, 127, 128, 129, 200)
 SETS = {"avx2": ("-march=haswell", 64), "sse": ("-march=x86-64-v2", 32)}
@@ -23,13 +29,13 @@ def library(request, tmp_path_factory):
     """cpu.c for this processor, and for x86 with registers of 8 and of 4 floats."""
     if request.param == "native":
         return compiled.library()
-    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+    flags = Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" and PROTECTS else ""
     if "avx2" not in flags or "fma" not in flags:
         pytest.skip("this processor cannot run code for x86 with AVX2")
     architecture, widest = SETS[request.param]
     built = tmp_path_factory.mktemp(request.param) / "cpu.so"
     given = [architecture if flag == "-march=native" else flag for flag in compiled.FLAGS]
-    subprocess.run(["cc", *given, "-fopenmp", "-Wall", "-Wextra", "-Werror", "-o", str(built), str(compiled.SOURCE)], check=True)
+    subprocess.run([os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "cc", *given, "-fopenmp", "-Wall", "-Wextra", "-Werror", "-o", str(built), str(compiled.SOURCE)], check=True)
     loaded = compiled.bound(built)
     assert loaded.csr_widest() == widest
     return loaded
@@ -49,7 +55,11 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(compiled, "WORK", 0)
         monkeypatch.setattr(compiled, "VECTORS", 0)
         monkeypatch.setattr(compiled, "REUSE", 100)
-    return request.param
+    chosen, block = [], compiled._block
+    monkeypatch.setattr(compiled, "_block", lambda library, columns, *rest: chosen.append((columns, block(library, columns, *rest))) or chosen[-1][1])
+    yield request.param
+    if request.param == 1:  # a convolution's smallest block is a channel
+        assert chosen and all(size <= max(1, columns // 4) for columns, size in chosen)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -68,8 +78,19 @@ def test_products(library, n, narrow, blocks):
         turned = x[0].t().contiguous().t()
         y = compiled.matrix(library, turned, values, crow, col, bias, relu, 1)
         torch.testing.assert_close(y.double(), expected[0], rtol=1e-5, atol=1e-4)
-    y = compiled.vector(library, x[0, :, 0].contiguous(), values, crow, col, None, False, 1)
-    torch.testing.assert_close(y.double(), weight.double() @ x[0, :, 0].double(), rtol=1e-5, atol=1e-4)
+    for threads in (1, 2):
+        y = compiled.vector(library, x[0, :, 0].contiguous(), values, crow, col, bias, True, threads)
+        torch.testing.assert_close(y.double(), (weight.double() @ x[0, :, 0].double() + bias.double()).relu(), rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_operators_refuse(library):
+    weight = rows_of_every_length(10)
+    values, (crow, col) = reference.pack(weight)
+    with pytest.raises(ValueError, match="torch.int16 or torch.int32"):
+        compiled.matrix(library, torch.randn(10, 4), values, crow, col.long(), None, False, 1)
+    facts = None, None, None, 11, 10, values.numel(), [2], "none"
+    with pytest.raises(ValueError, match="10 columns is no convolution with a kernel of 3 x 3"):
+        op.csr_conv2d(torch.randn(1, 1, 5, 5), values, [crow, col], *facts, [3, 3], [1, 1], [0, 0], [1, 1])
 
 
 @pytest.mark.parametrize("n", [1, 64, 65, 128, 130, 192, 300])
@@ -131,6 +152,8 @@ def test_not_a_number_passes_the_relu(library):
         x = torch.stack([torch.full((n,), float("nan")), torch.full((n,), -1.0)])
         y = compiled.matrix(library, x, values, crow, col, None, True, 1)
         assert y[0].isnan().all() and (y[1] == 0).all()
+        y = compiled.vector(library, x[:, 0].contiguous(), values, crow, col, None, True, 1)
+        assert y[0].isnan() and y[1] == 0
 
 
 @pytest.mark.parametrize("narrow", [False, True])
@@ -144,6 +167,14 @@ def test_convolutions(library, size, kernel, stride, padding, dilation, narrow, 
     expected = F.conv2d(x.double(), weight.double().unflatten(1, (4, *kernel)), None, stride, padding, dilation)
     y = compiled.convolve(library, x, tuple(expected.shape[2:]), kernel, stride, padding, dilation, values, crow, col, None, False, 2)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not PROTECTS, reason="needs Linux")
+@pytest.mark.parametrize("slack, killed", [(15, False), (2, True)])
+def test_nothing_outside_of_the_buffers_is_touched(slack, killed, tmp_path):
+    done = started("bounds", str(slack), interpret=False, cache=tmp_path)
+    assert done.returncode == (-signal.SIGSEGV if killed else 0), done.stderr[-4000:]
+    assert done.stdout.strip() == ("" if killed else "done")
 
 
 @pytest.mark.parametrize("engine", reference.ENGINES)
